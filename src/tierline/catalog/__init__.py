@@ -1,0 +1,1 @@
+"""Facts with sources: models, accelerators, formats, tiers, prices, and the deployment file."""

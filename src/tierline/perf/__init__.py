@@ -1,0 +1,1 @@
+"""The laws: bytes and seconds from facts, each with its evidence. No state, no input or output."""
