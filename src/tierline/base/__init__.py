@@ -1,1 +1,1 @@
-"""What three packages need and no domain owns: errors, units, names, files, hashes, random streams."""
+"""What three packages need and no domain owns: errors, units, names, files, random streams."""
