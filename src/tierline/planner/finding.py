@@ -1,0 +1,165 @@
+"""What the planner says and why: findings, candidates and the plan. Plain frozen data.
+
+Everything that is printed (text, JSON, HTML) is read from these; nothing is computed
+while printing.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from tierline.catalog.deployment import Deployment
+from tierline.catalog.gpu import GpuSpec
+from tierline.catalog.model import ModelSpec
+from tierline.perf.evidence import Evidence, Value
+from tierline.perf.step import Layout
+from tierline.planner.load import Demand, Instance, OperatingPoint
+from tierline.workload.slo import ServiceLevel
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Rejected:
+    """Something that was considered and turned down, with the number that decided it."""
+
+    what: str
+    why: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Finding:
+    """One step of the method with its whole working."""
+
+    step: int  # 1..13
+    title: str
+    answer: str  # a sentence with numbers
+    inputs: Mapping[str, str]  # name -> value with unit, as they went into the formula
+    formula: str  # with names
+    substituted: str  # with the numbers put in
+    result: Value
+    rule: str = ""  # what the rule of thumb says ...
+    computed: str = ""  # ... and what the computation says, where the two differ
+    rejected: tuple[Rejected, ...] = ()
+    notes: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MemoryUse:
+    """Bytes on one accelerator of an instance, by component."""
+
+    weights_bytes: float
+    activations_bytes: float
+    overhead_bytes: float
+    kv_bytes: float  # the pool: what is left
+    total_bytes: float  # the accelerator's memory
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Edge:
+    """A candidate at one edge of the evidence band."""
+
+    name: str  # pessimistic, expected, optimistic
+    slowdown: float  # on every step
+    usable_rps: float  # of one instance
+    instances: int
+    gpus: int
+    usd_per_hour: float | None  # None: the accelerator has no price
+    usd_per_year: float | None
+    usd_per_million_tokens: float | None  # input and output tokens, at average load
+    point: OperatingPoint  # one instance at its share of the peak rate
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Candidate:
+    """One configuration that fits and keeps its promises, with what it takes."""
+
+    gpu: GpuSpec
+    layout: Layout
+    memory: MemoryUse
+    instance: Instance
+    demand: Demand  # prefix hits applied
+    kv_tokens: int  # pool of one instance
+    dram_tokens: int  # cached below the device, 0 without a DRAM tier
+    hit_rate: float
+    evidence: Evidence  # of the step law on this accelerator
+    pessimistic: Edge
+    optimistic: Edge
+    expected: Edge
+    needs_quality_test: str  # "" or what must be tested before this is used
+
+    @property
+    def name(self) -> str:
+        """How tables call it."""
+        dram = " +DRAM" if self.dram_tokens else ""
+        return (
+            f"{self.pessimistic.instances} x {self.layout.gpus} {self.gpu.name} {self.layout}{dram}"
+        )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LoadPoint:
+    """One point of a predicted load curve of one instance, with its band. Seconds."""
+
+    rate_rps: float
+    concurrency: float
+    ttft_p50_s: float
+    ttft_p99_s: float
+    itl_p50_s: float
+    itl_p99_s: float
+    ttft_p99_low_s: float  # at the optimistic edge
+    ttft_p99_high_s: float | None  # at the pessimistic edge; None: it cannot keep up
+    itl_p99_low_s: float
+    itl_p99_high_s: float | None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Sensitivity:
+    """What changes the answer: one input moved, everything planned again."""
+
+    what: str  # "price of h100-sxm", "growth", "prompt length", "hit rate"
+    change: str  # "+25 %"
+    gpus: int | None
+    usd_per_year: float | None
+    recommended: str  # the candidate that wins then
+    changes_choice: bool
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Question:
+    """What was asked, with everything that a plan is a function of."""
+
+    model: ModelSpec
+    levels: tuple[ServiceLevel, ...]
+    gpus: tuple[GpuSpec, ...]
+    workload_name: str
+    growth: float = 1.0
+    safety: float = 1.5
+    budget_usd_per_year: float | None = None
+    quality: str = "negligible"  # the worst quality class that may be recommended
+    engine: str = "vllm"
+    average_utilization: float | None = None  # None: mean over peak of the trace
+    api_usd_per_million: tuple[float, float] | None = None  # hosted price, input and output
+    context_tokens_max: int | None = None
+    adapters: int = 0
+    adapter_rank: int = 16
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Plan:
+    """The answer: the recommended deployment, its alternatives, and the working."""
+
+    question: Question
+    headline: str
+    caveats: tuple[str, ...]  # what could be wrong, one line each
+    recommended: Candidate
+    alternatives: tuple[Candidate, ...]  # best first, the recommended one left out
+    pareto: tuple[str, ...]  # names of candidates that no other beats in all of cost, p99, headroom
+    rejected: tuple[Rejected, ...]
+    findings: tuple[Finding, ...]  # thirteen, in order
+    curve: tuple[LoadPoint, ...]  # of one recommended instance
+    cost_by_load: tuple[Mapping[str, float], ...]  # offered load share, usd per million tokens
+    sensitivities: tuple[Sensitivity, ...]
+    mixed_fleet: Mapping[str, Any] | None  # two kinds of accelerator where they beat one
+    profile: Any  # workload.profile.Profile
+    demand_rps: float  # that the fleet is sized for, growth applied
+    deployment: Deployment
+    facts: Mapping[str, Value] = field(default_factory=dict)  # every other number, by name
