@@ -52,8 +52,10 @@ class GpuSpec:
     tdp_w: float | None
     allin_w: float | None  # with its share of host, network, cooling
     price: Price
-    sources: Mapping[str, str]  # field -> where the number comes from
+    sources: Mapping[str, str]  # key of its file -> where the number comes from
     notes: str = ""
+    aliases: tuple[str, ...] = ()  # other names people type
+    role: str = "accelerator"  # or "host": a memory tier that serves no model by itself
 
     def __post_init__(self) -> None:
         if "bf16" not in self.flops_per_s:
