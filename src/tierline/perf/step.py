@@ -340,6 +340,38 @@ class StepCost:
                 bounded[limit] = bounded.get(limit, 0.0) + flops / rate
         self._bounded_pairs = sorted(bounded.items())
 
+    # --- memory ---------------------------------------------------------------------------
+
+    @property
+    def weights_bytes_per_gpu(self) -> float:
+        """Bytes of weights on one accelerator: products in their formats, the rest in 16 bit."""
+        model, layout = self.model, self.layout
+        products = sum(
+            p.layers * p.params * max(p.experts, 1) * p.format.bytes_per_element
+            for p in self._products
+        )
+        tables = (model.embedding_params + model.head_params) / (layout.tp * layout.dp)
+        return (products + 2 * (tables + model.norm_params)) / layout.pp
+
+    def kv_bytes_per_gpu(self, sequence_tokens: int) -> float:
+        """Bytes that one cached sequence of that length takes on one accelerator, on average.
+
+        Data-parallel ranks hold different sequences and pipeline stages different layers,
+        so an instance divides by both.
+        """
+        layout = self.layout
+        kv_bytes = kv_format(layout.kv).bytes_per_element
+        total = sum(
+            g.layers
+            * (
+                g.kv_tokens(sequence_tokens) * _kv_elements_per_rank(g, layout.tp) * kv_bytes
+                + sequence_tokens * g.index_elements_per_token * kv_bytes
+                + g.state_elements * 2 / layout.tp
+            )
+            for g in self.model.attention
+        )
+        return total / (layout.dp * layout.pp)
+
     # --- pricing --------------------------------------------------------------------------
 
     def step_s(
