@@ -24,9 +24,9 @@ from importlib.resources import files
 from typing import TYPE_CHECKING, Any, overload
 
 from tierline.base.errors import SpecError
-from tierline.base.names import lookup
 from tierline.catalog.formats import KV_FORMATS, WEIGHT_FORMATS, kv_format, weight_format
 from tierline.catalog.gpu import GpuSpec
+from tierline.catalog.gpus import math_flops_per_s, supports
 from tierline.perf.evidence import Evidence
 
 if TYPE_CHECKING:
@@ -188,7 +188,6 @@ class Kernels:
 
     gpu: str
     laws: Mapping[str, Law]  # by key: op/format, with the head size for attention
-    source: str
 
     @overload
     def gemm_s(self, m: float, n: int, k: int, *, fmt: str) -> float: ...
@@ -280,7 +279,12 @@ class Kernels:
         return self._law(op, fmt).evidence
 
     def _law(self, op: str, fmt: str) -> Law:
-        return lookup("kernel law", f"{op}/{fmt}", self.laws, error=SpecError)
+        if f"{op}/{fmt}" not in self.laws:
+            known = sorted(key.split("/")[1] for key in self.laws if key.startswith(f"{op}/"))
+            raise SpecError(
+                f"{self.gpu} has no {op} law for {fmt!r}", hint=f"it has: {', '.join(known)}"
+            )
+        return self.laws[f"{op}/{fmt}"]
 
     def _attention_law(self, op: str, kv_fmt: str, head_dim: int) -> Law:
         sizes = [
@@ -297,22 +301,28 @@ class Kernels:
 
 def load_kernels(gpu: GpuSpec) -> Kernels:
     """The laws of `gpu`: fitted where a table exists, its datasheet at stated efficiencies else."""
-    shipped = _read(gpu.name)
-    source = str(shipped["source"]) if shipped else "no table for this accelerator"
-    fitted = {
-        key: _fitted(raw, source=source) for key, raw in (shipped or {"laws": {}})["laws"].items()
-    }
-    return Kernels(gpu=gpu.name, laws=_datasheet_laws(gpu) | fitted, source=source)
+    fitted = _shipped_laws(gpu.name)
+    return Kernels(gpu=gpu.name, laws={**_datasheet_laws(gpu), **fitted})
+
+
+@cache
+def _shipped_laws(name: str) -> Mapping[str, Law]:
+    """The fitted laws of that accelerator; none when no table of it was published."""
+    shipped = _read(name)
+    if shipped is None:
+        return {}
+    return {key: read_law(raw, source=shipped["source"]) for key, raw in shipped["laws"].items()}
 
 
 @cache
 def _read(name: str) -> Any:
     """The coefficients file of that name, or None when we ship none."""
-    path = files("tierline.perf").joinpath("data/kernels").joinpath(f"{name}.json")
+    path = files("tierline.perf") / "data" / "kernels" / f"{name}.json"
     return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
 
 
-def _fitted(raw: Mapping[str, Any], *, source: str) -> Law:
+def read_law(raw: Mapping[str, Any], *, source: str) -> Law:
+    """A law from its stored coefficients."""
     import numpy as np
 
     axes = tuple(np.log(np.asarray(knots, float)) for knots in raw["axes"])
@@ -337,7 +347,9 @@ def _datasheet_laws(gpu: GpuSpec) -> dict[str, Law]:
     assert generic is not None, "the generic efficiencies are part of the package"
     laws: dict[str, Law] = {}
     for fmt, form in WEIGHT_FORMATS.items():
-        peak = gpu.flops_per_s.get(form.math, gpu.flops_per_s["bf16"])
+        if supports(gpu, form) is not None:
+            continue
+        peak = math_flops_per_s(gpu, form)
         for op in ("gemm", "moe"):
             laws[f"{op}/{fmt}"] = _datasheet(gpu, generic[op], peak, gpu.memory_bytes_per_s)
     for fmt in KV_FORMATS:
