@@ -78,7 +78,8 @@ class Candidate:
     instance: Instance
     demand: Demand  # prefix hits applied
     kv_tokens: int  # pool of one instance
-    dram_tokens: int  # cached below the device, 0 without a DRAM tier
+    dram_tokens: int  # of the fleet, cached below the device; 0 without a DRAM tier
+    dram_bytes_per_instance: int
     hit_rate: float
     evidence: Evidence  # of the step law on this accelerator
     pessimistic: Edge
@@ -136,11 +137,11 @@ class Question:
     budget_usd_per_year: float | None = None
     quality: str = "negligible"  # the worst quality class that may be recommended
     engine: str = "vllm"
-    average_utilization: float | None = None  # None: mean over peak of the trace
+    peak_rps: float | None = None  # busiest minute; None: the trace's own
+    average_load: float | None = None  # mean over peak; None: the trace's own
     api_usd_per_million: tuple[float, float] | None = None  # hosted price, input and output
-    context_tokens_max: int | None = None
-    adapters: int = 0
-    adapter_rank: int = 16
+    hf_id: str | None = None  # the name an engine loads the weights by
+    config_path: str | None = None  # of a model outside the catalogue
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -14,6 +14,8 @@ METRICS = {
     "e2e": "end to end",
 }
 
+_UNITS = (("s", 10**9), ("ms", 10**6), ("us", 10**3), ("ns", 1))
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Target:
@@ -27,6 +29,12 @@ class Target:
     def limit_s(self) -> float:
         """The limit in seconds, for laws."""
         return self.limit_ns / 1e9
+
+    @property
+    def text(self) -> str:
+        """The target as a person types it and `parse_target` reads it: 'ttft_p99=2000ms'."""
+        unit, size = next((u, n) for u, n in _UNITS if self.limit_ns % n == 0)
+        return f"{self.metric}_p{self.percentile:g}={self.limit_ns // size}{unit}"
 
     def __str__(self) -> str:
         return f"{self.metric}_p{self.percentile:g} <= {format_seconds(self.limit_s)}"

@@ -1,0 +1,371 @@
+"""The command line: data to stdout, everything else to stderr.
+
+One function per command, `(args) -> exit code`. This is the only module that reads the
+environment or prints; `docs/reference/cli.md` is generated from its parsers. Exit codes:
+0 done, 2 the caller can fix it, 130 interrupted.
+"""
+
+import argparse
+import json
+import sys
+from collections.abc import Callable, Sequence
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from tierline.base.errors import InputError, TierlineError
+
+Run = Callable[[argparse.Namespace], int]
+
+PLAN_EXAMPLES = """\
+examples:
+  tierline plan --model llama-3.1-70b --trace requests.jsonl --slo ttft_p99=2s,itl_p99=50ms -o out
+  tierline plan --model qwen3-32b --workload rag --rps 12 --slo ttft_p99=3s --gpus h200,mi300x
+  tierline plan --model llama-3.1-8b --users 20000 --sessions-per-day 3 --slo ttft_p99=1s
+"""
+
+
+def plan(args: argparse.Namespace) -> int:
+    """Plan a fleet and write plan.json, deployment.toml and report.html."""
+    from tierline.planner.api import plan as make
+    from tierline.planner.api import write_plan
+    from tierline.planner.plan_json import plan_to_json
+    from tierline.planner.text import render_text
+
+    result = make(
+        args.model,
+        slo=args.slo,
+        trace=args.trace,
+        trace_format=args.format,
+        mapping=_pairs(args.map, "--map"),
+        workload=args.workload,
+        rps=args.rps,
+        users=args.users,
+        sessions_per_day=args.sessions_per_day,
+        gpus=_names(args.gpus),
+        prices={
+            name: _number(usd, "--price") for name, usd in _pairs(args.price, "--price").items()
+        },
+        growth=args.growth,
+        safety=args.safety,
+        budget_usd_per_year=args.budget,
+        quality=args.quality,
+        engine=args.engine,
+        average_load=args.average_load,
+        api_usd_per_million=_api_price(args.api_price),
+        progress=True,
+    )
+    paths = write_plan(result, Path(args.output)) if args.output else []
+    print(plan_to_json(result) if args.json else render_text(result))
+    for path in paths:
+        print(f"wrote {path}", file=sys.stderr)
+    return 0
+
+
+def profile(args: argparse.Namespace) -> int:
+    """Describe a trace: lengths, arrivals, concurrency, sessions, prefix reuse."""
+    from tierline.workload.profile import describe, profile_trace
+
+    found = profile_trace(
+        Path(args.trace), format=args.format, mapping=_pairs(args.map, "--map"), progress=True
+    )
+    print(_json(found.to_dict()) if args.json else describe(found))
+    return 0
+
+
+def export(args: argparse.Namespace) -> int:
+    """Turn a deployment file into what another engine or orchestrator reads."""
+    from tierline.base.files import write_text
+    from tierline.catalog.deployment import load_deployment
+    from tierline.planner.export import export as make
+
+    result = make(load_deployment(Path(args.deployment)), args.to)
+    if args.json:
+        print(_json({"files": result.files, "not_expressed": list(result.not_expressed)}))
+    elif args.output is None:
+        for text in result.files.values():
+            print(text, end="" if text.endswith("\n") else "\n")
+    if args.output is not None:
+        for name, text in result.files.items():
+            path = Path(args.output) / name
+            write_text(path, text)
+            print(f"wrote {path}", file=sys.stderr)
+    for line in result.not_expressed:
+        print(f"not expressed: {line}", file=sys.stderr)
+    return 0
+
+
+def models(args: argparse.Namespace) -> int:
+    """List the models that come by name, or describe one."""
+    from tierline.catalog.models import known_models, load_model
+
+    rows = [_model_row(load_model(n)) for n in ([args.name] if args.name else known_models())]
+    if args.json:
+        print(_json(rows))
+        return 0
+    print(f"{'model':<26}{'params':>10}{'active':>10}{'layers':>8}{'KV B/token':>12}  native")
+    for row in rows:
+        print(
+            f"{row['name']:<26}{row['params'] / 1e9:>9.2f}B{row['params_active'] / 1e9:>9.2f}B"
+            f"{row['layers']:>8}{row['kv_bytes_per_token_bf16']:>12,}  {row['native_format']}"
+        )
+    return 0
+
+
+def gpus(args: argparse.Namespace) -> int:
+    """List the accelerators of the catalogue, or describe one with its sources."""
+    from tierline.catalog.gpus import load_gpu, load_gpus
+
+    found = [load_gpu(args.name)] if args.name else load_gpus(None)
+    rows = [_gpu_row(gpu) for gpu in found]
+    if args.json:
+        print(_json(rows))
+        return 0
+    print(f"{'gpu':<16}{'memory':>9}{'rate':>11}{'bf16':>9}{'fp8':>8}{'fp4':>8}{'$/h':>8}  as of")
+    for row in rows:
+        rates = row["tflops"]
+        price = "unknown" if row["usd_per_hour"] is None else f"{row['usd_per_hour']:.2f}"
+        print(
+            f"{row['name']:<16}{row['memory_gb']:>6.0f} GB{row['memory_tb_per_s']:>6.2f} TB/s"
+            f"{rates['bf16']:>9,.0f}{_cell(rates.get('fp8')):>8}{_cell(rates.get('fp4')):>8}"
+            f"{price:>8}  {row['price_as_of']}"
+        )
+    if args.name:
+        for field, source in found[0].sources.items():
+            print(f"  {field}: {source}")
+    return 0
+
+
+def synthesize(args: argparse.Namespace) -> int:
+    """Write a seeded trace that looks like another one, or like a built-in workload."""
+    from tierline.workload.archetypes import workload_profile
+    from tierline.workload.profile import profile_trace
+    from tierline.workload.synthesis import write_synthetic
+
+    if (args.like is None) == (args.workload is None):
+        raise InputError("give --like TRACE or --workload KIND, one of them")
+    if args.like is not None:
+        source = profile_trace(Path(args.like), progress=True)
+        source = source if args.rps is None else source.at_rate(args.rps)
+    else:
+        source = workload_profile(args.workload, rps=args.rps or 1.0)
+    count = write_synthetic(
+        source, Path(args.output), seed=args.seed, requests=args.requests, arrivals=args.arrivals
+    )
+    if args.json:
+        print(_json({"path": args.output, "requests": count, "seed": args.seed}))
+    else:
+        print(f"wrote {count:,} requests to {args.output}", file=sys.stderr)
+    return 0
+
+
+# --- rows and arguments ---------------------------------------------------------------------
+
+
+def _model_row(spec: Any) -> dict[str, Any]:
+    return {
+        "name": spec.name,
+        "architecture": spec.architecture,
+        "params": spec.params,
+        "params_active": spec.params_active,
+        "layers": spec.layers,
+        "kv_bytes_per_token_bf16": 2 * spec.kv_elements_per_token,
+        "positions_max": spec.positions_max,
+        "legal_tp": spec.legal_tp(16),
+        "native_format": spec.native_format,
+        "source": spec.source,
+    }
+
+
+def _gpu_row(gpu: Any) -> dict[str, Any]:
+    return {
+        "name": gpu.name,
+        "title": gpu.title,
+        "generation": gpu.generation,
+        "memory_gb": gpu.memory_bytes / 1e9,
+        "memory_tb_per_s": gpu.memory_bytes_per_s / 1e12,
+        "tflops": {k: v / 1e12 for k, v in gpu.flops_per_s.items()},
+        "fabric": gpu.scale_up.kind,
+        "usd_per_hour": gpu.price.typical_usd,
+        "price_as_of": gpu.price.as_of,
+        "price_source": gpu.price.source,
+        "sources": dict(gpu.sources),
+    }
+
+
+def _cell(value: float | None) -> str:
+    return "-" if value is None else f"{value:,.0f}"
+
+
+def _json(value: Any) -> str:
+    return json.dumps(value, indent=2, allow_nan=False)
+
+
+def _names(texts: Sequence[str] | None) -> list[str] | None:
+    names = [name.strip() for text in texts or () for name in text.split(",") if name.strip()]
+    return names or None
+
+
+def _pairs(texts: Sequence[str] | None, option: str) -> dict[str, str]:
+    pairs: dict[str, str] = {}
+    for part in _names(texts) or ():
+        name, equals, value = part.partition("=")
+        if not equals or not value:
+            raise InputError(f"{option} {part!r} is not NAME=VALUE")
+        pairs[name.strip()] = value.strip()
+    return pairs
+
+
+def _number(text: str, option: str) -> float:
+    try:
+        return float(text)
+    except ValueError:
+        raise InputError(f"{option}: {text!r} is not a number") from None
+
+
+def _api_price(text: str | None) -> tuple[float, float] | None:
+    if text is None:
+        return None
+    parts = text.split(",")
+    if len(parts) != 2:
+        raise InputError(
+            f"--api-price {text!r} is not INPUT,OUTPUT",
+            hint="dollars per million input and output tokens, for example 0.60,0.60",
+        )
+    return _number(parts[0], "--api-price"), _number(parts[1], "--api-price")
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The parser of every command; the reference page is generated from it."""
+    parser = argparse.ArgumentParser(
+        prog="tierline", description="Plan, run and prove LLM serving fleets."
+    )
+    parser.add_argument("--version", action="version", version=f"tierline {version('tierline')}")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    _add_plan(commands)
+    _add_profile(commands)
+    _add_synthesize(commands)
+    _add_export(commands)
+    for run, name in ((models, "MODEL"), (gpus, "GPU")):
+        command = _command(commands, run)
+        command.add_argument("name", nargs="?", metavar=name, help=f"describe this {name.lower()}")
+    return parser
+
+
+def _command(commands: Any, run: Run, epilog: str | None = None) -> argparse.ArgumentParser:
+    text = (run.__doc__ or "").strip()
+    command: argparse.ArgumentParser = commands.add_parser(
+        run.__name__,
+        help=text[0].lower() + text[1:].rstrip("."),
+        description=text,
+        epilog=epilog,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    command.add_argument("--json", action="store_true", help="machine-readable output on stdout")
+    command.set_defaults(run=run)
+    return command
+
+
+def _add_trace_options(command: argparse.ArgumentParser) -> None:
+    command.add_argument("--format", help="format of the trace (default: found from its content)")
+    command.add_argument(
+        "--map",
+        action="append",
+        metavar="FIELD=COLUMN,...",
+        help="columns of a plain log: arrival=ts,input=prompt_tokens,output=completion_tokens",
+    )
+
+
+def _add_plan(commands: Any) -> None:
+    command = _command(commands, plan, PLAN_EXAMPLES)
+    command.add_argument("--model", required=True, help="name, or path of a config.json")
+    command.add_argument(
+        "--slo",
+        required=True,
+        action="append",
+        metavar="[CLASS[@PRIORITY]:]TARGETS",
+        help="ttft_p99=2s,itl_p99=50ms; metrics ttft, itl, tpot, e2e; repeat for classes",
+    )
+    demand = command.add_argument_group("demand (one of)")
+    demand.add_argument("--trace", help="request log or trace; see docs/reference/trace-format.md")
+    _add_trace_options(command)
+    demand.add_argument("--workload", help="built-in lengths: chat, rag, code, agent")
+    demand.add_argument("--rps", type=float, help="requests a second in the busiest minute")
+    demand.add_argument("--users", type=int, help="from the business side: daily users ...")
+    demand.add_argument("--sessions-per-day", type=float, help="... and sessions of each")
+    command.add_argument(
+        "--gpus", action="append", metavar="GPU,...", help="names or .toml files (default: all)"
+    )
+    command.add_argument(
+        "--price", action="append", metavar="GPU=USD,...", help="dollars per GPU-hour"
+    )
+    command.add_argument("--growth", type=float, default=1.0, help="multiply demand (default 1)")
+    command.add_argument(
+        "--average-load", type=float, help="mean over peak rate (default: the trace's, else 0.5)"
+    )
+    command.add_argument("--safety", type=float, help="1.2 predictable, 1.5 otherwise (default)")
+    command.add_argument("--budget", type=float, metavar="USD", help="dollars a year")
+    command.add_argument(
+        "--quality",
+        default="negligible",
+        help="worst loss a format may have untested: none, negligible, mild, moderate",
+    )
+    command.add_argument("--engine", default="vllm", help="engine whose host times to plan with")
+    command.add_argument(
+        "--api-price", metavar="IN,OUT", help="hosted $ per million tokens, for the break-even"
+    )
+    command.add_argument(
+        "-o", "--output", help="folder for plan.json, deployment.toml, report.html"
+    )
+
+
+def _add_profile(commands: Any) -> None:
+    command = _command(commands, profile)
+    command.add_argument("trace", help="request log or trace")
+    _add_trace_options(command)
+
+
+def _add_synthesize(commands: Any) -> None:
+    command = _command(commands, synthesize)
+    command.add_argument("--like", metavar="TRACE", help="the trace to imitate")
+    command.add_argument("--workload", help="built-in lengths: chat, rag, code, agent")
+    command.add_argument("--rps", type=float, help="mean requests a second")
+    command.add_argument("--requests", type=int, default=5000, help="how many (default 5000)")
+    command.add_argument("--seed", type=int, default=0, help="equal seeds, equal traces")
+    command.add_argument(
+        "--arrivals", default="gamma", help="poisson, gamma, bursts or day (default gamma)"
+    )
+    command.add_argument("-o", "--output", required=True, help="file to write")
+
+
+def _add_export(commands: Any) -> None:
+    command = _command(commands, export)
+    command.add_argument("deployment", help="deployment.toml")
+    command.add_argument(
+        "--to", required=True, help="vllm, sglang, trtllm, ray-serve or kubernetes"
+    )
+    command.add_argument("-o", "--output", help="folder to write to (default: stdout)")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command; errors become a message, a hint and an exit code."""
+    args = build_parser().parse_args(argv)
+    run: Run = args.run
+    try:
+        return run(args)
+    except TierlineError as error:
+        print(f"error: {error}", file=sys.stderr)
+        if error.hint:
+            print(f"\nhint: {error.hint}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("interrupted; nothing was written in part", file=sys.stderr)
+        return 130
+    except BrokenPipeError:
+        sys.stderr.close()
+        return 0
+
+
+def run() -> None:
+    """The `tierline` command."""
+    sys.exit(main())

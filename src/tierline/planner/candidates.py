@@ -1,0 +1,425 @@
+"""Every configuration worth pricing, and what each of them takes to carry the load.
+
+Quantise before choosing TP: precision moves the memory floor, so formats are the outer
+loop and the lowest legal TP that fits comes after. What is turned down is kept with the
+number that turned it down.
+
+The search is exhaustive over what is legal, and cheap because a bound comes first: what the
+fleet would cost at full load without queueing. Configurations are tried in that order, and
+one whose bound is `PRUNE_RATIO` times the best price found is not tried, unless its
+accelerator has no candidate to show yet. The bound flatters, so nothing good is lost.
+"""
+
+import math
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, replace
+
+from tierline.base.progress import with_progress
+from tierline.base.units import HOURS_PER_YEAR, format_bytes, format_seconds
+from tierline.catalog.formats import KV_FORMATS, WEIGHT_FORMATS, Format
+from tierline.catalog.gpu import GpuSpec
+from tierline.catalog.gpus import supports, supports_kv
+from tierline.catalog.model import ModelSpec
+from tierline.perf.memory import activation_bytes, overhead_bytes
+from tierline.perf.step import EngineProfile, Layout, StepCost, load_engine
+from tierline.planner.finding import Candidate, Edge, MemoryUse, Question, Rejected
+from tierline.planner.load import Demand, Instance, OperatingPoint, operating_point, usable_rate
+
+QUALITIES = ("none", "negligible", "mild", "moderate")
+CHUNKS = (256, 512, 1024, 2048, 4096, 8192)
+SEQUENCES = 1024
+PRUNE_RATIO = 2.0
+PER_GPU_MIN = 3
+PCIE_TP_MAX = 4  # all-reduce takes over 38 % of a step at 8 ranks on PCIe
+NODES_MAX = 4
+DRAM_SHARE = 0.8  # of host memory that a KV tier may take; the rest is the host's
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Load:
+    """What the whole fleet must carry, and how often a prefix repeats for a cache size."""
+
+    rate_rps: float  # sized for: peak, growth applied
+    mean_rps: float  # average over the trace, growth applied
+    demand: Demand  # without prefix hits
+    hit_rate: Callable[[float], float] | None  # fleet-wide cached tokens -> token hit rate
+    longest_tokens: int  # prompt plus output that one instance must be able to hold
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Search:
+    """What the search found: candidates by annual cost, and what was turned down."""
+
+    candidates: tuple[Candidate, ...]
+    rejected: tuple[Rejected, ...]
+    considered: int
+
+
+def search(question: Question, load: Load, *, progress: bool = False) -> Search:
+    """All candidates that keep every promise at the pessimistic edge, cheapest first."""
+    rejected: list[Rejected] = []
+    shapes = sorted(
+        (
+            (price_bound(cost, load), gpu.name, str(layout), cost)
+            for gpu in question.gpus
+            for layout, cost in layouts(question, gpu, load, rejected)
+        ),
+        key=lambda shape: shape[:3],
+    )
+    found: list[Candidate] = []
+    cheapest = math.inf
+    per_gpu: Counter[str] = Counter()
+    for bound, gpu_name, name, cost in with_progress(shapes, what="configurations", show=progress):
+        if bound > cheapest * PRUNE_RATIO and per_gpu[gpu_name] >= PER_GPU_MIN:
+            why = f"at full load without queueing it costs over {PRUNE_RATIO:g} x the best found"
+            rejected.append(Rejected(what=f"{gpu_name} {name}", why=why))
+            continue
+        outcome = evaluate(question, cost, load)
+        if isinstance(outcome, Rejected):
+            rejected.append(outcome)
+            continue
+        found.append(outcome)
+        per_gpu[gpu_name] += 1
+        if not outcome.needs_quality_test:
+            cheapest = min(cheapest, outcome.pessimistic.usd_per_year or math.inf)
+    found.sort(key=rank)
+    return Search(
+        candidates=tuple(found), rejected=tuple(rejected), considered=len(shapes) + len(rejected)
+    )
+
+
+def rank(candidate: Candidate) -> tuple[float, int, float, str]:
+    """Cheapest first at the pessimistic edge; unpriced last; then fewest GPUs, then TTFT."""
+    edge = candidate.pessimistic
+    price = edge.usd_per_year if edge.usd_per_year is not None else math.inf
+    return (price, edge.gpus, edge.point.ttft_s(99), candidate.name)
+
+
+# --- what is legal --------------------------------------------------------------------------
+
+
+def layouts(
+    question: Question, gpu: GpuSpec, load: Load, rejected: list[Rejected]
+) -> Iterator[tuple[Layout, StepCost]]:
+    """Legal layouts of the model on `gpu`: formats first, then the lowest TP and some above."""
+    model = question.model
+    for weights in weight_choices(model):
+        reason = supports(gpu, weights) or outdone(gpu, weights)
+        if reason is not None:
+            rejected.append(Rejected(what=f"{gpu.name} {weights.name}", why=reason))
+            continue
+        for kv in kv_choices(gpu):
+            yield from shapes_that_fit(model, gpu, weights.name, kv.name, load, rejected)
+
+
+def outdone(gpu: GpuSpec, weights: Format) -> str | None:
+    """Why another format of the same size is better on `gpu`; None when nothing is."""
+    if weights.name.startswith("int8") and "fp8" in gpu.flops_per_s:
+        return "FP8 has the same size and rate here and loses less"
+    return None
+
+
+def weight_choices(model: ModelSpec) -> list[Format]:
+    """Formats that make sense for published weights of this kind: never wider than native."""
+    native = WEIGHT_FORMATS[model.native_format]
+    if native.bits < 8:
+        return [native]
+    names = ["fp8", "int8", "int8-g128", "int4-g128", "nvfp4"]
+    return [native, *(WEIGHT_FORMATS[n] for n in names if WEIGHT_FORMATS[n].bits < native.bits - 1)]
+
+
+def kv_choices(gpu: GpuSpec) -> list[Format]:
+    """KV formats that `gpu` can store; NVFP4 KV costs too much quality to be planned with."""
+    return [f for f in (KV_FORMATS["bf16"], KV_FORMATS["fp8"]) if supports_kv(gpu, f) is None]
+
+
+def shapes_that_fit(
+    model: ModelSpec,
+    gpu: GpuSpec,
+    weights: str,
+    kv: str,
+    load: Load,
+    rejected: list[Rejected],
+) -> Iterator[tuple[Layout, StepCost]]:
+    """Ways to cut one instance that leave room for KV; TP inside a node before PP across."""
+    fits_in_node = False
+    for layout in _cuts(model, gpu, weights, kv):
+        if layout.pp > 1 and fits_in_node:
+            continue
+        if layout.tp > PCIE_TP_MAX and gpu.scale_up.kind in ("pcie", "none"):
+            why = f"no fast link: collectives over {PCIE_TP_MAX} ranks on PCIe dominate the step"
+            rejected.append(Rejected(what=f"{gpu.name} {layout}", why=why))
+            continue
+        cost = StepCost(model, gpu, layout)
+        room = memory_use(cost).kv_bytes
+        if room <= 0:
+            rejected.append(
+                Rejected(
+                    what=f"{gpu.name} {layout}",
+                    why=f"weights and overheads exceed {format_bytes(gpu.memory_bytes)} "
+                    f"by {format_bytes(-room)} on each GPU",
+                )
+            )
+            continue
+        fits_in_node = fits_in_node or layout.pp == 1
+        yield layout, cost
+
+
+def _cuts(model: ModelSpec, gpu: GpuSpec, weights: str, kv: str) -> Iterator[Layout]:
+    node = min(gpu.gpus_per_node, 16)
+    degrees = [tp for tp in model.legal_tp(node) if tp & (tp - 1) == 0]
+    for tp in degrees:
+        yield Layout(weights=weights, kv=kv, tp=tp)
+    if model.is_moe and model.attention[0].latent:
+        for dp in (d for d in (4, 8, 16) if d <= node):
+            yield Layout(weights=weights, kv=kv, dp=dp, ep=dp)
+    for pp in (2, 4, 8):
+        if pp <= NODES_MAX * (1 if len(degrees) > 3 else 2):
+            yield Layout(weights=weights, kv=kv, tp=degrees[-1], pp=pp)
+
+
+# --- what it takes --------------------------------------------------------------------------
+
+
+def memory_use(cost: StepCost) -> MemoryUse:
+    """Bytes on one accelerator by component; the KV pool is what is left, perhaps negative."""
+    gpu, layout = cost.gpu, cost.layout
+    weights = cost.weights_bytes_per_gpu
+    activations = activation_bytes(cost.model) / layout.gpus
+    overhead = overhead_bytes(gpu.memory_bytes)
+    return MemoryUse(
+        weights_bytes=weights,
+        activations_bytes=activations,
+        overhead_bytes=overhead,
+        kv_bytes=gpu.memory_bytes - weights - activations - overhead,
+        total_bytes=gpu.memory_bytes,
+    )
+
+
+def evaluate(question: Question, cost: StepCost, load: Load) -> Candidate | Rejected:
+    """The candidate with its three edges, or the reason why it cannot carry the load."""
+    name = f"{cost.gpu.name} {cost.layout}"
+    memory = memory_use(cost)
+    pool = kv_pool_tokens(cost, memory, load)
+    if pool < load.longest_tokens:
+        return Rejected(
+            what=name,
+            why=f"the KV pool of {pool:,} tokens cannot hold one request of "
+            f"{load.longest_tokens:,} tokens",
+        )
+    engine = load_engine(question.engine)
+    slow = cost.scaled(cost.rates.evidence.high)
+    best = best_chunk(question, slow, engine, pool, load)
+    if best is None:
+        return Rejected(what=name, why=why_infeasible(question, slow, engine, pool, load))
+    chunk, hit_rate = best
+    return _candidate(question, cost, memory, engine, pool, chunk, hit_rate, load)
+
+
+def kv_pool_tokens(cost: StepCost, memory: MemoryUse, load: Load) -> int:
+    """Cached tokens that one instance holds, at the mean context of a running sequence."""
+    typical = max(round(load.demand.context_mean), 1)
+    return int(memory.kv_bytes / cost.kv_bytes_per_gpu(typical) * typical)
+
+
+def best_chunk(
+    question: Question, cost: StepCost, engine: EngineProfile, pool: int, load: Load
+) -> tuple[int, float] | None:
+    """The chunk size with the highest usable rate, and the prefix hit rate reached there.
+
+    A larger chunk computes prompts more cheaply and holds decodes up for longer. Going up,
+    the usable rate rises until a full chunk breaks the ITL promise; the walk stops there.
+    """
+    best: tuple[float, int, float] | None = None
+    for chunk in CHUNKS:
+        if chunk > engine.batch_tokens:
+            continue
+        instance = Instance(
+            cost=cost, engine=engine, kv_tokens=pool, sequences_max=SEQUENCES, chunk_tokens=chunk
+        )
+        point, hit_rate = with_hits(question, instance, load)
+        if point is None:
+            continue
+        if best is not None and point.rate_rps <= best[0]:
+            break
+        best = (point.rate_rps, chunk, hit_rate)
+    return None if best is None else best[1:]
+
+
+def with_hits(
+    question: Question, instance: Instance, load: Load
+) -> tuple[OperatingPoint | None, float]:
+    """The usable point with the prefix hits that the fleet's spare KV blocks give.
+
+    Hits need blocks that no running sequence holds, over all instances that the load needs;
+    both depend on the hits, so: once without, then with what that fleet would spare.
+    """
+    point = usable_rate(instance, load.demand, question.levels)
+    if load.hit_rate is None:
+        return point, 0.0
+    hit_rate = 0.0
+    for _ in range(2):
+        if point is None:
+            spare = instance.kv_tokens * 0.25
+        else:
+            instances = math.ceil(load.rate_rps * question.safety / point.rate_rps)
+            spare = instances * instance.kv_tokens * max(1 - point.kv_share, 0.2)
+        hit_rate = load.hit_rate(spare)
+        point = usable_rate(instance, replace(load.demand, hit_rate=hit_rate), question.levels)
+    return point, hit_rate
+
+
+def _candidate(
+    question: Question,
+    cost: StepCost,
+    memory: MemoryUse,
+    engine: EngineProfile,
+    pool: int,
+    chunk: int,
+    hit_rate: float,
+    load: Load,
+) -> Candidate | Rejected:
+    evidence = cost.rates.evidence
+    demand = replace(load.demand, hit_rate=hit_rate)
+    edges = {}
+    for name, slowdown in (
+        ("pessimistic", evidence.high),
+        ("expected", 1.0),
+        ("optimistic", evidence.low),
+    ):
+        instance = Instance(
+            cost=cost.scaled(slowdown),
+            engine=engine,
+            kv_tokens=pool,
+            sequences_max=SEQUENCES,
+            chunk_tokens=chunk,
+        )
+        edges[name] = edge(question, instance, demand, load, name=name, slowdown=slowdown)
+    return Candidate(
+        gpu=cost.gpu,
+        layout=cost.layout,
+        memory=memory,
+        instance=replace(instance, cost=cost),
+        demand=demand,
+        kv_tokens=pool,
+        dram_tokens=0,
+        dram_bytes_per_instance=0,
+        hit_rate=hit_rate,
+        evidence=evidence,
+        needs_quality_test=quality_gate(question, cost.layout),
+        **edges,
+    )
+
+
+def edge(
+    question: Question,
+    instance: Instance,
+    demand: Demand,
+    load: Load,
+    *,
+    name: str,
+    slowdown: float,
+) -> Edge:
+    """What the fleet needs when every step takes `slowdown` times the law's time."""
+    usable = usable_rate(instance, demand, question.levels)
+    assert usable is not None, "a candidate that was feasible at the pessimistic edge"
+    gpu = instance.cost.gpu
+    instances = math.ceil(load.rate_rps * question.safety / usable.rate_rps)
+    gpus = instances * instance.cost.layout.gpus
+    point = operating_point(instance, demand, load.rate_rps / instances)
+    price = gpu.price.typical_usd
+    hourly = gpus * price if price is not None else None
+    tokens_per_hour = load.mean_rps * (demand.input_mean + demand.output_mean) * 3600
+    return Edge(
+        name=name,
+        slowdown=slowdown,
+        usable_rps=usable.rate_rps,
+        instances=instances,
+        gpus=gpus,
+        usd_per_hour=hourly,
+        usd_per_year=hourly * HOURS_PER_YEAR if hourly is not None else None,
+        usd_per_million_tokens=hourly / tokens_per_hour * 1e6 if hourly is not None else None,
+        point=point or usable,
+    )
+
+
+def quality_gate(question: Question, layout: Layout) -> str:
+    """What must be tested before this layout may be recommended; empty when nothing."""
+    limit = QUALITIES.index(question.quality)
+    native = WEIGHT_FORMATS[question.model.native_format]
+    gates = []
+    weights, kv = WEIGHT_FORMATS[layout.weights], KV_FORMATS[layout.kv]
+    if weights.bits < native.bits and QUALITIES.index(weights.quality) > limit:
+        gates.append(f"{weights.name} weights: {weights.quality} loss")
+    if QUALITIES.index(kv.quality) > limit:
+        gates.append(f"{kv.name} KV: {kv.quality} loss")
+    return "; ".join(gates)
+
+
+# --- bounds ---------------------------------------------------------------------------------
+
+
+def price_bound(cost: StepCost, load: Load) -> float:
+    """Dollars a year below which no fleet of this layout can carry the load.
+
+    Prompts in the largest chunks and every decode slot taken, all hits, no queueing; 0 where
+    the accelerator has no price.
+    """
+    price = cost.gpu.price.typical_usd
+    if price is None:
+        return 0.0
+    demand = load.demand
+    hits = load.hit_rate(math.inf) if load.hit_rate else 0.0
+    chunk = CHUNKS[-1]
+    prefill_s = cost.step_s(0, 0.0, chunk, chunk * demand.input_mean / 2) / chunk
+    decode_s = cost.step_s(SEQUENCES, SEQUENCES * demand.context_mean) / SEQUENCES
+    busy_s = demand.input_mean * (1 - hits) * prefill_s + demand.output_mean * decode_s
+    gpus = max(load.rate_rps * busy_s, 1.0) * cost.layout.gpus
+    return gpus * price * HOURS_PER_YEAR
+
+
+def why_infeasible(
+    question: Question, cost: StepCost, engine: EngineProfile, pool: int, load: Load
+) -> str:
+    """Which promise one lone request already breaks, and by how much."""
+    instance = Instance(
+        cost=cost, engine=engine, kv_tokens=pool, sequences_max=SEQUENCES, chunk_tokens=CHUNKS[-1]
+    )
+    worst = ""
+    for chunk in reversed(CHUNKS):
+        lone = operating_point(replace(instance, chunk_tokens=chunk), load.demand, 1e-3)
+        if lone is None:
+            return f"the KV pool of {pool:,} tokens holds no typical request"
+        broken = [
+            f"{t.metric} p{t.percentile:g} is {format_seconds(lone.latency_s(t.metric, t.percentile))}"
+            f" idle, over {format_seconds(t.limit_s)}"
+            for level in question.levels
+            for t in level.targets
+            if lone.latency_s(t.metric, t.percentile) > t.limit_s
+        ]
+        if not broken:
+            return worst or "no chunk size keeps every promise"
+        worst = "; ".join(broken)
+    return worst
+
+
+def pareto(candidates: Iterable[Candidate]) -> list[str]:
+    """Names of candidates that no other beats in cost, TTFT p99 and headroom at once."""
+    scored = [(c, _score(c)) for c in candidates if c.pessimistic.usd_per_year is not None]
+    return [
+        candidate.name
+        for candidate, score in scored
+        if not any(
+            other is not candidate
+            and all(o <= s for o, s in zip(theirs, score, strict=True))
+            and theirs != score
+            for other, theirs in scored
+        )
+    ]
+
+
+def _score(candidate: Candidate) -> tuple[float, float, float]:
+    edge_ = candidate.pessimistic
+    cost = edge_.usd_per_year if edge_.usd_per_year is not None else math.inf
+    return (cost, edge_.point.ttft_s(99), edge_.point.saturation)

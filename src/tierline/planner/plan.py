@@ -1,0 +1,142 @@
+"""Make a plan: thirteen steps, read from top to bottom.
+
+`make_plan` is a function of the question and the profile; it reads no file and no clock.
+The search comes first because every finding is about its winner, and is told in the order
+of the method: demand, hardware, routing, memory, precision, parallelism, the curve, KV,
+batching, the curve again, the fleet, its cost, and what would make us plan again.
+"""
+
+import math
+
+from tierline.base.errors import InfeasibleError, InputError
+from tierline.planner import extras, steps
+from tierline.planner.candidates import Load, Search, pareto, search
+from tierline.planner.deploy import deployment_of
+from tierline.planner.finding import Candidate, Plan, Question, Rejected
+from tierline.planner.load import Demand
+from tierline.workload.profile import Lengths, Profile
+
+QUANTILES = 20  # equally likely lengths that stand for a distribution
+AVERAGE_LOAD = 0.5  # of the peak, where nothing says more: fleets run at 30-60 %
+BURSTINESS_MAX = 4.0  # gaps inside a busy minute; a trace's idle hours must not count as bursts
+
+
+def make_plan(question: Question, profile: Profile) -> Plan:
+    """The whole method. Raises `InfeasibleError` that names the bound when nothing holds."""
+    load = fleet_load(question, profile)
+    found = search(question, load)
+    best = choose(question, found)
+    view = steps.View(question=question, profile=profile, load=load, found=found, best=best)
+    findings = (
+        steps.characterize_workload(view),
+        steps.select_hardware(view),
+        steps.decide_routing(view),
+        steps.find_memory_floor(view),
+        steps.choose_precision(view),
+        steps.choose_parallelism(view),
+        steps.draw_baseline_curve(view),
+        steps.choose_kv_strategy(view),
+        steps.choose_batching(view),
+        steps.draw_final_curve(view),
+        steps.size_fleet(view),
+        steps.price_fleet(view),
+        steps.set_triggers(view),
+    )
+    others = tuple(c for c in found.candidates if c is not best)
+    return Plan(
+        question=question,
+        headline=steps.headline(view),
+        caveats=steps.caveats(view),
+        recommended=best,
+        alternatives=others,
+        pareto=tuple(pareto(found.candidates)),
+        rejected=found.rejected,
+        findings=findings,
+        curve=extras.banded_curve(best),
+        cost_by_load=extras.cost_by_load(best, load),
+        sensitivities=extras.sensitivities(view),
+        mixed_fleet=extras.mixed_fleet(view),
+        profile=profile,
+        demand_rps=load.rate_rps,
+        deployment=deployment_of(view),
+        facts=extras.facts(view),
+    )
+
+
+def fleet_load(question: Question, profile: Profile) -> Load:
+    """What the fleet must carry: the busy minute, grown; the mean only prices it."""
+    arrivals = profile.arrivals
+    if question.peak_rps is not None:
+        peak = question.peak_rps
+        mean = peak * (arrivals.rate_rps / arrivals.by_minute.p95 if arrivals else 0.0)
+    elif arrivals is not None:
+        peak, mean = arrivals.by_minute.p95, arrivals.rate_rps
+    else:
+        raise InputError(
+            f"{profile.source!r} carries no arrival times, so it has no rate",
+            hint="add --rps, the rate of the busiest minute",
+        )
+    if question.average_load is not None:
+        mean = peak * question.average_load
+    mean = mean or peak * AVERAGE_LOAD
+    burstiness = arrivals.iat_cv**2 if arrivals is not None else 1.0
+    limit = question.model.positions_max
+    reuse, growth = profile.reuse, question.growth
+    return Load(
+        rate_rps=peak * growth,
+        mean_rps=min(mean, peak) * growth,
+        demand=Demand(
+            input_tokens=bins(profile.input, limit),
+            output_tokens=bins(profile.output, limit),
+            arrival_cv2=min(max(burstiness, 1.0), BURSTINESS_MAX),
+        ),
+        hit_rate=(lambda tokens: reuse.hit_rate(tokens / growth)) if reuse else None,
+        longest_tokens=min(math.ceil(profile.total.quantiles[-1]), limit),
+    )
+
+
+def bins(lengths: Lengths, limit: float, count: int = QUANTILES) -> tuple[float, ...]:
+    """`count` equally likely lengths with the mean of the distribution, none above `limit`.
+
+    Each is the mean of its share of the quantiles; the last one takes what is left of the
+    distribution's mean, since a heavy tail sits between the last two quantiles.
+    """
+    steps = 10
+    means = []
+    for i in range(count):
+        points = [(i + (j + 0.5) / steps) / count * 100 for j in range(steps)]
+        means.append(sum(lengths.percentile(p) for p in points) / steps)
+    rest = lengths.mean * count - sum(means[:-1])
+    means[-1] = max(rest, means[-2])
+    return tuple(min(max(mean, 1.0), limit) for mean in means)
+
+
+def choose(question: Question, found: Search) -> Candidate:
+    """The cheapest candidate that needs no quality test first; unpriced only if none is priced."""
+    allowed = [c for c in found.candidates if not c.needs_quality_test]
+    if allowed:
+        return allowed[0]
+    raise InfeasibleError(_why_nothing(question, found), hint=_way_out(question, found))
+
+
+def _why_nothing(question: Question, found: Search) -> str:
+    if found.candidates:
+        return (
+            f"every configuration that keeps the promises loses more quality than "
+            f"{question.quality!r} allows, for example {found.candidates[0].name} "
+            f"({found.candidates[0].needs_quality_test})"
+        )
+    reasons = [r for r in found.rejected if "idle" in r.why] or list(found.rejected)
+    nearest = reasons[-1] if reasons else Rejected(what="nothing", why="no GPU was given")
+    promises = "; ".join(str(level) for level in question.levels)
+    return (
+        f"no configuration of {question.model.name} on "
+        f"{', '.join(g.name for g in question.gpus)} keeps {promises}: "
+        f"{nearest.what}: {nearest.why}"
+    )
+
+
+def _way_out(question: Question, found: Search) -> str:
+    if found.candidates:
+        return f"pass --quality {found.candidates[0].needs_quality_test.split()[-2]} after testing"
+    return "relax the limit that the message names, add faster or larger GPUs, or shorten prompts"
