@@ -43,9 +43,7 @@ def plan(args: argparse.Namespace) -> int:
         users=args.users,
         sessions_per_day=args.sessions_per_day,
         gpus=_names(args.gpus),
-        prices={
-            name: _number(usd, "--price") for name, usd in _pairs(args.price, "--price").items()
-        },
+        prices=_prices(args.price),
         growth=args.growth,
         safety=args.safety,
         budget_usd_per_year=args.budget,
@@ -65,10 +63,10 @@ def plan(args: argparse.Namespace) -> int:
 def profile(args: argparse.Namespace) -> int:
     """Describe a trace: lengths, arrivals, concurrency, sessions, prefix reuse."""
     from tierline.workload.profile import describe, profile_trace
+    from tierline.workload.trace import read_trace
 
-    found = profile_trace(
-        Path(args.trace), format=args.format, mapping=_pairs(args.map, "--map"), progress=True
-    )
+    reader = read_trace(Path(args.trace), format=args.format, mapping=_pairs(args.map, "--map"))
+    found = profile_trace(reader, progress=True)
     print(_json(found.to_dict()) if args.json else describe(found))
     return 0
 
@@ -214,6 +212,10 @@ def _pairs(texts: Sequence[str] | None, option: str) -> dict[str, str]:
             raise InputError(f"{option} {part!r} is not NAME=VALUE")
         pairs[name.strip()] = value.strip()
     return pairs
+
+
+def _prices(texts: Sequence[str] | None) -> dict[str, float]:
+    return {gpu: _number(usd, "--price") for gpu, usd in _pairs(texts, "--price").items()}
 
 
 def _number(text: str, option: str) -> float:

@@ -1,7 +1,7 @@
 """Progress on stderr while something long runs, and none when nobody watches."""
 
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sized
 from typing import TypeVar
 
 T = TypeVar("T")
@@ -17,5 +17,5 @@ def with_progress(items: Iterable[T], *, what: str, show: bool = True) -> Iterab
 def _bar(items: Iterable[T], what: str) -> Iterator[T]:
     from tqdm import tqdm
 
-    total = len(items) if hasattr(items, "__len__") else None
+    total = len(items) if isinstance(items, Sized) else None
     yield from tqdm(items, desc=what, total=total, unit=" items", file=sys.stderr, leave=False)

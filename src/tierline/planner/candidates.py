@@ -63,7 +63,7 @@ def search(question: Question, load: Load, *, progress: bool = False) -> Search:
         (
             (price_bound(cost, load), gpu.name, str(layout), cost)
             for gpu in question.gpus
-            for layout, cost in layouts(question, gpu, load, rejected)
+            for layout, cost in layouts(question.model, gpu, rejected)
         ),
         key=lambda shape: shape[:3],
     )
@@ -100,17 +100,16 @@ def rank(candidate: Candidate) -> tuple[float, int, float, str]:
 
 
 def layouts(
-    question: Question, gpu: GpuSpec, load: Load, rejected: list[Rejected]
+    model: ModelSpec, gpu: GpuSpec, rejected: list[Rejected]
 ) -> Iterator[tuple[Layout, StepCost]]:
     """Legal layouts of the model on `gpu`: formats first, then the lowest TP and some above."""
-    model = question.model
     for weights in weight_choices(model):
         reason = supports(gpu, weights) or outdone(gpu, weights)
         if reason is not None:
             rejected.append(Rejected(what=f"{gpu.name} {weights.name}", why=reason))
             continue
         for kv in kv_choices(gpu):
-            yield from shapes_that_fit(model, gpu, weights.name, kv.name, load, rejected)
+            yield from shapes_that_fit(model, gpu, weights.name, kv.name, rejected)
 
 
 def outdone(gpu: GpuSpec, weights: Format) -> str | None:
@@ -139,7 +138,6 @@ def shapes_that_fit(
     gpu: GpuSpec,
     weights: str,
     kv: str,
-    load: Load,
     rejected: list[Rejected],
 ) -> Iterator[tuple[Layout, StepCost]]:
     """Ways to cut one instance that leave room for KV; TP inside a node before PP across."""
@@ -392,11 +390,11 @@ def why_infeasible(
         if lone is None:
             return f"the KV pool of {pool:,} tokens holds no typical request"
         broken = [
-            f"{t.metric} p{t.percentile:g} is {format_seconds(lone.latency_s(t.metric, t.percentile))}"
-            f" idle, over {format_seconds(t.limit_s)}"
+            f"{t.metric} p{t.percentile:g} is {format_seconds(latency_s)} idle, "
+            f"over {format_seconds(t.limit_s)}"
             for level in question.levels
             for t in level.targets
-            if lone.latency_s(t.metric, t.percentile) > t.limit_s
+            if (latency_s := lone.latency_s(t.metric, t.percentile)) > t.limit_s
         ]
         if not broken:
             return worst or "no chunk size keeps every promise"

@@ -68,7 +68,7 @@ def _load_point(mid: OperatingPoint, low: OperatingPoint, high: OperatingPoint |
     )
 
 
-def cost_by_load(candidate: Candidate, load: Load) -> tuple[Mapping[str, float], ...]:
+def cost_by_load(candidate: Candidate) -> tuple[Mapping[str, float], ...]:
     """Dollars per million tokens of the fixed fleet against the share of its capacity offered."""
     edge = candidate.pessimistic
     if edge.usd_per_hour is None:
@@ -102,9 +102,8 @@ def sensitivities(view: View) -> tuple[Sensitivity, ...]:
     if price is not None:
         dearer = {best.gpu.name: price * 1.25}
         rows.append(_again(view, f"price of {best.gpu.name}", "+25 %", prices=dearer))
-    rival = next(
-        (c for c in best_per_gpu(view.found).values() if c.gpu.name != best.gpu.name), None
-    )
+    rivals = [c for c in best_per_gpu(view.found).values() if c.gpu.name != best.gpu.name]
+    rival = next((c for c in rivals if not c.needs_quality_test), None)
     if rival is not None and rival.gpu.price.typical_usd is not None:
         cheaper = {rival.gpu.name: rival.gpu.price.typical_usd * 0.75}
         rows.append(_again(view, f"price of {rival.gpu.name}", "-25 %", prices=cheaper))

@@ -53,7 +53,7 @@ def make_plan(question: Question, profile: Profile) -> Plan:
         rejected=found.rejected,
         findings=findings,
         curve=extras.banded_curve(best),
-        cost_by_load=extras.cost_by_load(best, load),
+        cost_by_load=extras.cost_by_load(best),
         sensitivities=extras.sensitivities(view),
         mixed_fleet=extras.mixed_fleet(view),
         profile=profile,
@@ -116,7 +116,7 @@ def choose(question: Question, found: Search) -> Candidate:
     allowed = [c for c in found.candidates if not c.needs_quality_test]
     if allowed:
         return allowed[0]
-    raise InfeasibleError(_why_nothing(question, found), hint=_way_out(question, found))
+    raise InfeasibleError(_why_nothing(question, found), hint=_way_out(found))
 
 
 def _why_nothing(question: Question, found: Search) -> str:
@@ -136,7 +136,7 @@ def _why_nothing(question: Question, found: Search) -> str:
     )
 
 
-def _way_out(question: Question, found: Search) -> str:
+def _way_out(found: Search) -> str:
     if found.candidates:
         return f"pass --quality {found.candidates[0].needs_quality_test.split()[-2]} after testing"
     return "relax the limit that the message names, add faster or larger GPUs, or shorten prompts"

@@ -226,7 +226,7 @@ def choose_precision(view: View) -> Finding:
     """Step 5: formats of weights and of KV, before parallelism."""
     model, best = view.question.model, view.best
     weights, kv = WEIGHT_FORMATS[best.layout.weights], KV_FORMATS[best.layout.kv]
-    others = {}
+    others: dict[tuple[str, str], Candidate] = {}
     for candidate in view.found.candidates:
         if candidate.gpu.name == best.gpu.name:
             others.setdefault((candidate.layout.weights, candidate.layout.kv), candidate)
