@@ -236,9 +236,8 @@ def test_a_format_the_accelerator_cannot_run_is_refused():
 def few_rows(tool, count: int = 1500):
     """Timings of a made-up accelerator: a roofline, twice as slow at some widths."""
     rng = np.random.default_rng(3)
-    m, n, k = (
-        rng.choice([256, 512, 1024, 2048, 4096, 8192], count).astype(float) for _ in range(3)
-    )
+    sizes = [256.0, 512.0, 1024.0, 2048.0, 4096.0, 8192.0]
+    m, n, k = (rng.choice(sizes, count) for _ in range(3))
     work = gemm_work(m, n, k, fmt="bf16")
     slower = np.where((n > 256) & (n < 8192), 2.0, 1.0)
     seconds = slower * np.maximum(work.flops / 4e14, work.bytes_moved / 2e12) + 4e-6
@@ -255,9 +254,10 @@ def test_a_refit_gives_the_same_coefficients(tool):
 def test_the_fit_finds_what_a_roofline_cannot_say(tool):
     rows = few_rows(tool)
     law = tool.stored_law(tool.fit_law("gemm", rows))
+    fitted, roofline = law.seconds(rows.work), law.roofline_s(rows.work)
 
-    assert median_error(law.seconds(rows.work), rows) < 0.03
-    assert median_error(law.roofline_s(rows.work), rows) > 0.1
+    assert np.percentile(np.abs(fitted / rows.seconds - 1), 90) < 0.05
+    assert np.percentile(np.abs(roofline / rows.seconds - 1), 90) > 0.3
 
 
 def test_rows_left_out_leave_no_trace_in_the_fit(tool):
