@@ -19,22 +19,25 @@ takes
 
 `layers` depends on N alone and `sequences` on n alone, so both are tables; the rest is
 linear in S. One step is two list look-ups and a few products, and k decode steps in a row
-have a closed form (`decode_run_s`), which is what lets a simulator skip ahead.
+have a closed form (`decode_run_s`), which is what lets a simulator skip ahead. The whole
+formula, without tables, is `formula_s`.
 
 Experts: N tokens that pick k of E experts touch E (1 - (1 - k/E)^N) of them, and only
-those are read. How well the expert products run depends on the rows that each expert
-gets, t = N k / E: t / (t + t_half) of the asymptotic rate.
+those are read. Grouped products overlap poorly, so computing, reading weights, and moving
+the rows that were gathered for the experts add up: one rate then serves 8 large experts
+and 500 small ones, and few rows per expert run slowly without a constant that says so.
 
 Sources: roofline, touched experts and collectives are textbook forms; the constants in
 `data/rates.toml` come from fits that `tools/fit_rates.py` repeats. Left out because the
 measurements do not resolve them: overlap of communication with math, and kernel choice.
 """
 
+import copy
 import functools
 import math
 import tomllib
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from importlib import resources
 from typing import Any
 
@@ -44,12 +47,14 @@ from tierline.catalog.gpus import math_flops_per_s
 from tierline.catalog.model import AttentionGroup, FfnGroup, ModelSpec
 from tierline.perf.evidence import Evidence
 
-DENSE_P = 1.5  # sharpness of the soft roofline, dense products
-EXPERT_P = 1.3  # and of grouped expert products
+DENSE_P = 1.5  # sharpness of the soft roofline of dense products
+EXPERT_MOVES = 3  # gather, activate, scatter: how often a row of an expert crosses memory
 ACTIVATION_BYTES_PER_HIDDEN = 12  # read and written between the kernels of one layer
 ATTENTION_STAYS_16_BIT_UNDER_BITS = 8  # 4-bit MoE checkpoints keep attention in bf16
-TOKENS_MAX = 16_384
+TOKENS_MAX = 32_768  # of one step
 SEQUENCES_MAX = 4_096
+FINE_TOKENS = 512  # the table holds every count up to here, and one in COARSE above
+COARSE = 64
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -83,8 +88,7 @@ class Rates:
     memory: float  # of the memory rate, reading weights
     cache: float  # of the memory rate, reading KV
     dense: Mapping[str, float]  # of the math rate, by math format
-    expert: Mapping[str, float]  # asymptotic, many rows per expert
-    expert_half_rows: float  # rows per expert at half the asymptotic rate
+    expert: Mapping[str, float]  # the same of expert products, by weight or math format
     attention: float  # of the bf16 rate, scoring prompt tokens
     layer_dense_us: float  # fixed time of one layer: launches, norms, gaps
     layer_moe_us: float
@@ -178,45 +182,49 @@ class _Products:
     data_parallel: bool = False  # attention: a DP rank computes its own tokens only
     experts: int = 0
     experts_active: int = 0
+    row_elements: float = 0.0  # of one row of one expert: in, out, and between its products
 
 
 class StepCost:
     """Prices the steps of one instance. Built once for a model, accelerator and layout."""
 
     def __init__(
-        self,
-        model: ModelSpec,
-        gpu: GpuSpec,
-        layout: Layout,
-        *,
-        rates: Rates | None = None,
-        tokens_max: int = TOKENS_MAX,
+        self, model: ModelSpec, gpu: GpuSpec, layout: Layout, *, rates: Rates | None = None
     ) -> None:
         self.model, self.gpu, self.layout = model, gpu, layout
         self.rates = rates or load_rates(gpu)
+        self.slowdown = 1.0
         self._products = _products(model, layout)
-        self._pass_by_microbatch = layout.pp
-        self._tokens_s = self._token_table(tokens_max)
-        self._sequences_s = self._sequence_table()
+        self._set_tables()
         self._set_cache_terms()
         self._set_prefill_terms()
 
     # --- tables ---------------------------------------------------------------------------
 
-    def _token_table(self, tokens_max: int) -> list[float]:
-        """Seconds of `layers(N)` for N = 0..tokens_max; the law is smooth, so knots suffice."""
+    def _set_tables(self) -> None:
+        """Seconds of `layers(N)` and `sequences(n)`; above FINE_TOKENS the law is smooth."""
         import numpy as np
 
-        knots = np.unique(
-            np.concatenate([np.arange(0, 257), np.geomspace(256, tokens_max, 96).round()])
-        )
-        seconds = self.layers_s(knots / self._pass_by_microbatch)
-        table: list[float] = np.interp(np.arange(tokens_max + 1), knots, seconds).tolist()
-        return table
+        fine, coarse = np.arange(FINE_TOKENS + 1), np.arange(0, TOKENS_MAX + COARSE + 1, COARSE)
+        seconds = self.layers_s(np.concatenate([fine, coarse])).tolist()
+        self._fine_s: list[float] = seconds[: len(fine)]
+        self._coarse_s: list[float] = seconds[len(fine) :]
+        self._sequences_s: list[float] = self.sequences_s(np.arange(SEQUENCES_MAX + 1)).tolist()
+
+    def _tokens_s(self, tokens: int) -> float:
+        if tokens <= FINE_TOKENS:
+            return self._fine_s[tokens]
+        below, rest = divmod(tokens, COARSE)
+        low, high = self._coarse_s[below], self._coarse_s[below + 1]
+        return low + (high - low) * rest / COARSE
 
     def layers_s(self, tokens: Any) -> Any:
-        """Seconds of all layers for `tokens` (scalar or array) in one micro-batch."""
+        """Seconds of all layers for `tokens` of one step, a count or an array of counts.
+
+        Pipeline stages work on one micro-batch each, so a step is one pass of a micro-batch.
+        """
         rates, gpu, layout = self.rates, self.gpu, self.layout
+        tokens = tokens / layout.pp
         own_tokens = tokens / layout.dp
         total = self._fixed_s()
         for product in self._products:
@@ -257,13 +265,11 @@ class StepCost:
         peak = math_flops_per_s(self.gpu, product.format) * _of(
             self.rates.expert, self.gpu, product.format
         )
-        # rows / (rows + half) of the peak is a fixed cost of `half` rows for every expert touched
-        rows = tokens * active + touched * self.rates.expert_half_rows
-        compute_s = 2 * rows * product.params / peak
-        read_s = touched * product.params * product.format.bytes_per_element
-        read_s = read_s / (self.gpu.memory_bytes_per_s * self.rates.memory)
-        skew = self._expert_skew(tokens * active)
-        return product.layers * skew * soft_roofline(compute_s, read_s, EXPERT_P)
+        compute_s = 2 * tokens * active * product.params / peak
+        moved_bytes = touched * product.params * product.format.bytes_per_element
+        moved_bytes = moved_bytes + EXPERT_MOVES * tokens * active * product.row_elements * 2
+        read_s = moved_bytes / (self.gpu.memory_bytes_per_s * self.rates.memory)
+        return product.layers * self._expert_skew(tokens * active) * (compute_s + read_s)
 
     def _expert_skew(self, assignments: Any) -> Any:
         """Most loaded rank over the mean when `assignments` fall on `ep` ranks at random.
@@ -290,17 +296,14 @@ class StepCost:
             total = total + (layout.pp - 1) * (20e-6 + tokens * model.hidden * 2 / link)
         return total
 
-    def _sequence_table(self) -> list[float]:
-        """Seconds of `sequences(n)`: the LM head in bf16 and the host's work."""
+    def sequences_s(self, sequences: Any) -> Any:
+        """Seconds of the LM head in bf16 and of the host's work, for a count or an array."""
         gpu, rates, layout = self.gpu, self.rates, self.layout
         head = self.model.vocabulary * self.model.hidden / (layout.tp * layout.dp)
         compute = gpu.flops_per_s["bf16"] * rates.dense["bf16"]
         read_s = 2 * head / (gpu.memory_bytes_per_s * rates.memory)
-        host_s = rates.sequence_us * 1e-6 / layout.dp
-        return [
-            soft_roofline(2 * n / layout.pp * head / compute, read_s, DENSE_P) + n * host_s
-            for n in range(SEQUENCES_MAX + 1)
-        ]
+        host_s = sequences * (rates.sequence_us * 1e-6 / layout.dp)
+        return soft_roofline(2 * sequences / layout.pp * head / compute, read_s, DENSE_P) + host_s
 
     def _set_cache_terms(self) -> None:
         """Seconds per cached token of unbounded groups, and (limit, seconds) of bounded ones."""
@@ -387,7 +390,7 @@ class StepCost:
         `prefill_pairs` is the sum over chunks of chunk x (past + chunk / 2).
         """
         seconds = (
-            self._tokens_s[decodes + prefill_tokens]
+            self._tokens_s(decodes + prefill_tokens)
             + self._sequences_s[decodes]
             + self._cache_s_per_token * context_tokens
             + self._state_s * decodes
@@ -398,7 +401,20 @@ class StepCost:
             seconds += self._pair_s * prefill_pairs + self.rates.prefill_ms * 1e-3
             for limit, per_pair_s in self._bounded_pairs:
                 seconds += per_pair_s * min(prefill_pairs, prefill_tokens * limit)
-        return seconds
+        return seconds * self.slowdown
+
+    def formula_s(self, decodes: Any, context: Any, prefill_tokens: Any, pairs: Any) -> Any:
+        """`step_s` straight from the law, for arrays: what tests and fits compare with."""
+        import numpy as np
+
+        seconds = self.layers_s(decodes + prefill_tokens) + self.sequences_s(decodes)
+        seconds = seconds + self._cache_s_per_token * context + self._state_s * decodes
+        for limit, per_token_s in self._bounded:
+            seconds = seconds + per_token_s * np.minimum(context, limit * decodes)
+        seconds = seconds + self._pair_s * pairs
+        for limit, per_pair_s in self._bounded_pairs:
+            seconds = seconds + per_pair_s * np.minimum(pairs, prefill_tokens * limit)
+        return (seconds + (prefill_tokens > 0) * self.rates.prefill_ms * 1e-3) * self.slowdown
 
     def decode_run_s(self, decodes: int, context_tokens: float, steps: int) -> float:
         """Seconds of `steps` pure decode steps in a row; every one adds `decodes` tokens.
@@ -408,32 +424,26 @@ class StepCost:
         """
         growth = decodes * steps * (steps - 1) / 2
         seconds = steps * (
-            self._tokens_s[decodes] + self._sequences_s[decodes] + self._state_s * decodes
+            self._tokens_s(decodes) + self._sequences_s[decodes] + self._state_s * decodes
         ) + self._cache_s_per_token * (steps * context_tokens + growth)
         for limit, per_token_s in self._bounded:
             room = limit * decodes - context_tokens
             rising = min(max(math.ceil(room / decodes), 0), steps) if decodes else 0
             below = rising * context_tokens + decodes * rising * (rising - 1) / 2
             seconds += per_token_s * (below + (steps - rising) * limit * decodes)
-        return seconds
+        return seconds * self.slowdown
 
     def scaled(self, factor: float) -> "StepCost":
         """The same law, every step `factor` times as long: an edge of the evidence band."""
-        other = object.__new__(StepCost)
-        other.__dict__.update(self.__dict__)
-        other._tokens_s = [s * factor for s in self._tokens_s]
-        other._sequences_s = [s * factor for s in self._sequences_s]
-        other._cache_s_per_token = self._cache_s_per_token * factor
-        other._state_s = self._state_s * factor
-        other._pair_s = self._pair_s * factor
-        other._bounded = [(limit, s * factor) for limit, s in self._bounded]
-        other._bounded_pairs = [(limit, s * factor) for limit, s in self._bounded_pairs]
-        other.rates = replace(self.rates, prefill_ms=self.rates.prefill_ms * factor)
+        other = copy.copy(self)
+        other.slowdown = self.slowdown * factor
         return other
 
 
 def _of(efficiencies: Mapping[str, float], gpu: GpuSpec, fmt: Format) -> float:
-    """The efficiency of the math that `gpu` runs `fmt` on (bf16 where it lacks the format's)."""
+    """The efficiency of the format's own kernels, or of the math that `gpu` runs it on."""
+    if fmt.name in efficiencies and fmt.name != fmt.math:
+        return efficiencies[fmt.name]
     return efficiencies[fmt.math if fmt.math in gpu.flops_per_s else "bf16"]
 
 
@@ -458,12 +468,12 @@ def _products(model: ModelSpec, layout: Layout) -> list[_Products]:
         for group in model.attention
     ]
     for ffn in model.ffn:
-        products += _ffn_products(ffn, layout, dense=dense, weights=weights)
+        products += _ffn_products(ffn, layout, hidden=model.hidden, dense=dense, weights=weights)
     return products
 
 
 def _ffn_products(
-    ffn: FfnGroup, layout: Layout, *, dense: Format, weights: Format
+    ffn: FfnGroup, layout: Layout, *, hidden: int, dense: Format, weights: Format
 ) -> list[_Products]:
     ranks = layout.tp * layout.dp
     always = ffn.dense_params_per_layer + ffn.shared_params_per_layer
@@ -479,6 +489,7 @@ def _ffn_products(
                 format=weights,
                 experts=ffn.experts,
                 experts_active=ffn.experts_active,
+                row_elements=2 * hidden / layout.ep + ffn.params_per_expert / hidden / ranks,
             )
         )
     return parts
