@@ -53,8 +53,8 @@ def plan(
     Demand comes from `trace` (a file in any format that `tierline profile` reads), or from a
     built-in `workload` (chat, rag, code, agent) at `rps` requests a second in its busiest
     minute, or from `users` who open `sessions_per_day`. `slo` is text such as
-    'ttft_p99=2s,itl_p99=50ms', one per class. `gpus` are names or paths of TOML files (default: all of the catalogue), `prices`
-    dollars per GPU-hour by name.
+    'ttft_p99=2s,itl_p99=50ms', one per class. `gpus` are names or paths of TOML files (default:
+    all of the catalogue), `prices` dollars per GPU-hour by name.
 
     Raises `InputError` for what the caller can correct and `InfeasibleError`, which names the
     bound, when no configuration keeps the promises.

@@ -21,7 +21,7 @@ from tierline.catalog.formats import KV_FORMATS, WEIGHT_FORMATS, Format
 from tierline.catalog.gpu import GpuSpec
 from tierline.catalog.gpus import supports, supports_kv
 from tierline.catalog.model import ModelSpec
-from tierline.perf.memory import activation_bytes, overhead_bytes
+from tierline.perf.memory import computed_activation_bytes, overhead_bytes
 from tierline.perf.step import EngineProfile, Layout, StepCost, load_engine
 from tierline.planner.finding import Candidate, Edge, MemoryUse, Question, Rejected
 from tierline.planner.load import Demand, Instance, OperatingPoint, operating_point, usable_rate
@@ -181,10 +181,15 @@ def _cuts(model: ModelSpec, gpu: GpuSpec, weights: str, kv: str) -> Iterator[Lay
 
 
 def memory_use(cost: StepCost) -> MemoryUse:
-    """Bytes on one accelerator by component; the KV pool is what is left, perhaps negative."""
-    gpu, layout = cost.gpu, cost.layout
+    """Bytes on one accelerator by component; the KV pool is what is left, perhaps negative.
+
+    Activations are those of the widest step that the engine may take, whole on every rank.
+    """
+    gpu = cost.gpu
     weights = cost.weights_bytes_per_gpu
-    activations = activation_bytes(cost.model) / layout.gpus
+    activations = computed_activation_bytes(
+        cost.model, batch_tokens=CHUNKS[-1], sequences=SEQUENCES
+    )
     overhead = overhead_bytes(gpu.memory_bytes)
     return MemoryUse(
         weights_bytes=weights,
