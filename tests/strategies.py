@@ -20,8 +20,9 @@ from tierline.catalog.deployment import (
 )
 from tierline.catalog.formats import KV_FORMATS, WEIGHT_FORMATS
 
-# What people put into TOML strings: quotes, escapes, line ends, other scripts; never blank.
-words = st.text(st.characters(codec="utf-8"), min_size=1, max_size=12).filter(str.strip)
+# What people put into TOML strings: quotes, escapes, other scripts; never blank.
+letters = st.characters(codec="utf-8").filter(str.isprintable)
+words = st.text(letters, min_size=1, max_size=12).filter(str.strip)
 powers_of_two = st.sampled_from([1, 2, 4, 8])
 rates = st.floats(min_value=0, max_value=1e9) | st.integers(0, 10**9)
 factors = st.floats(min_value=1e-3, max_value=1e3) | st.integers(1, 9)

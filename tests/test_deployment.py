@@ -123,6 +123,9 @@ WRONG: list[tuple[str, Any, str, str]] = [
     ("policies.speculation", {"method": "eagle"}, "speculation.draft_tokens is missing", ""),
     ("policies.chunked_prefill", False, "limits.batch_tokens_max is below", "raise"),
     ("model", "llama", "model must be a table", ""),
+    ("model.name", "a\nb", "model.name must be one line of text", ""),
+    ("model.name", " ", "model.name must be one line of text", ""),
+    ("slo.0.targets", ["ttft_p99=2s\n"], "slo[0].targets must be a list of text", ""),
     ("planned.growth", "big", "planned.growth must be a number above 0", ""),
 ]
 

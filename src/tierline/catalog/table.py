@@ -39,11 +39,11 @@ class Table:
         """The error that `key` of this table has `problem`."""
         return SpecError(f"{self._where}: {self._dotted(key)} {problem}", hint=hint)
 
-    def text(self, key: str, *, choices: Sequence[str] = (), empty: bool = False) -> str:
-        """A string; one of `choices` when there are any."""
+    def text(self, key: str, *, choices: Sequence[str] = ()) -> str:
+        """One line of text; one of `choices` when there are any."""
         value = self._get(key)
-        if not isinstance(value, str) or not (value.strip() or empty):
-            raise self._wrong(key, "text" if empty else "text that is not empty")
+        if not isinstance(value, str) or not _is_line(value):
+            raise self._wrong(key, "one line of text")
         if choices and value not in choices:
             near = nearest(value, choices, count=1)
             meant = f"did you mean {near[0]!r}? " if near else ""
@@ -85,9 +85,9 @@ class Table:
         return value
 
     def texts(self, key: str) -> tuple[str, ...]:
-        """A list of strings, none of them empty."""
+        """A list of lines of text."""
         value = self._get(key)
-        if not isinstance(value, list) or not all(isinstance(v, str) and v for v in value):
+        if not isinstance(value, list) or not all(_is_line(v) for v in value):
             raise self._wrong(key, "a list of text")
         return tuple(value)
 
@@ -126,3 +126,8 @@ class Table:
 
 def _is_number(value: Any) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _is_line(value: object) -> bool:
+    """Text that can stand in a command, a comment or a table without breaking out of it."""
+    return isinstance(value, str) and bool(value.strip()) and value.isprintable()
