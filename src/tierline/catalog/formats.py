@@ -52,6 +52,13 @@ WEIGHT_FORMATS = {
             note="AWQ/GPTQ W4A16: FP16 scale and 4-bit zero for 128 elements",
         ),
         Format(
+            name="int4-g32",
+            bits=4 + 16 / 32,
+            math="bf16",
+            quality="mild",
+            note="W4A16: symmetric, BF16 scale for 32 elements (Kimi-K2.5 experts)",
+        ),
+        Format(
             name="int4-g64",
             bits=4 + (16 + 4) / 64,
             math="bf16",
