@@ -1,0 +1,439 @@
+"""The pages of docs/reference, written from the code, and the examples in the documents, run.
+
+    python tools/docs.py              write the pages
+    python tools/docs.py --check      fail, and say which, when a page is not what it would write
+    python tools/docs.py --examples   run every block that follows a `<!-- run -->` line
+
+A page is a function of the code alone, so that it is the same on every machine and Python;
+that is why the command line is listed from the parser's own table and not from its help text.
+
+Of a ```console block every line `$ command` is run, from the root of the project. What follows
+it must be what the command prints (`...` stands for any text); nothing means: it must succeed.
+A command whose printed text has a line that begins with `error:` must end with status 2.
+A ```python block must run to its end.
+"""
+
+import argparse
+import ast
+import doctest
+import inspect
+import io
+import os
+import subprocess
+import sys
+import textwrap
+import tokenize
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, fields, is_dataclass
+from pathlib import Path
+from types import ModuleType
+
+from tierline import cli
+from tierline.base import errors
+from tierline.base.units import significant
+from tierline.catalog import deployment, formats
+from tierline.catalog.gpu import GpuSpec
+from tierline.catalog.gpus import gpu_names, load_gpu
+from tierline.catalog.models import known_models
+from tierline.workload import importers, request
+
+ROOT = Path(__file__).resolve().parents[1]
+REFERENCE = "docs/reference"
+NOTICE = "<!-- Written by tools/docs.py from the code; `make docs` writes it again. -->\n"
+MARK = "<!-- run -->"
+TIMEOUT_S = 600
+
+
+# Pages
+
+GPU_HEAD = (
+    *("name", "accelerator", "memory GB", "memory GB/s", "BF16 TFLOPS", "FP8", "FP4"),
+    *("scale-up GB/s", "domain", "low $/h", "typical $/h", "high $/h", "price as of"),
+)
+MODEL_HEAD = (
+    *("name", "parameters (10⁹)", "active (10⁹)", "layers", "KV bytes per token"),
+    *("positions", "published as"),
+)
+
+
+def cli_page() -> str:
+    """Every command with its arguments."""
+    parser = cli.build_parser()
+    parts = ["# Command line", parser.description or ""]
+    for names, command in commands_of(parser):
+        parts += [f"## `{names}`", command.description or "", *argument_tables(command)]
+    return join(parts)
+
+
+def commands_of(
+    parser: argparse.ArgumentParser,
+) -> Iterator[tuple[str, argparse.ArgumentParser]]:
+    """The commands of a parser, and the commands of those, each with its full name."""
+    for action in parser._actions:
+        if isinstance(action, argparse._SubParsersAction):
+            for command in dict.fromkeys(action.choices.values()):
+                yield command.prog, command
+                yield from commands_of(command)
+
+
+def argument_tables(command: argparse.ArgumentParser) -> list[str]:
+    """One table of what a command takes; the standard --help is left out."""
+    rows = []
+    for action in command._actions:
+        if isinstance(action, (argparse._HelpAction, argparse._SubParsersAction)):
+            continue
+        value = action.metavar or ("|".join(map(str, action.choices)) if action.choices else "")
+        takes_value = action.nargs != 0
+        flags = ", ".join(f"`{flag}`" for flag in action.option_strings)
+        label = value or action.dest.upper()
+        name = f"{flags} `{label}`" if flags and takes_value else flags or f"`{label}`"
+        needed = "required" if action.required and flags else default_text(action)
+        help_text = (action.help or "") % {**vars(action), "prog": command.prog}
+        rows.append((name, needed, help_text))
+    return [table(("argument", "default", "meaning"), rows)] if rows else []
+
+
+def default_text(action: argparse.Action) -> str:
+    """The default as a reader would type it; a flag has none."""
+    empty = action.default is None or action.default is False or action.default == argparse.SUPPRESS
+    return "" if empty else f"`{action.default}`"
+
+
+def deployment_page() -> str:
+    """Every key of a deployment file."""
+    parts = ["# Deployment file", inspect.getdoc(deployment) or ""]
+    parts += [dataclass_section(cls) for cls in dataclasses_of(deployment)]
+    return join(parts)
+
+
+def trace_page() -> str:
+    """The trace format, and the column names of every format that is read."""
+    keys = [f.name for f in fields(importers.Columns) if f.name != "failed_output_zero"]
+    rows = [
+        (f"`{name}`", *(f"`{value}`" if (value := getattr(columns, k)) else "" for k in keys))
+        for name, columns in importers.FORMATS.items()
+    ]
+    example = (
+        '{"tierline_trace": 1, "block_tokens": 512}\n'
+        '{"arrival_ns": 0, "input_tokens": 812, "output_tokens": 64}\n'
+        '{"arrival_ns": 41000000, "input_tokens": 1310, "output_tokens": 220, '
+        '"prefix_blocks": [17, 18], "session": "a"}'
+    )
+    return join(
+        [
+            "# Trace format",
+            "A trace is JSON lines, gzip or not: a header with the version and the tokens that a"
+            " prefix block spans, then one request a line. Facts that a request does not state"
+            " are left out of its line.",
+            f"```json\n{example}\n```",
+            dataclass_section(request.Request),
+            "## Formats that are read",
+            "A format is told from the content of the file. The columns say under which name it"
+            " keeps each fact; empty means that it does not have that fact.",
+            table(("format", *(k.replace("_", " ") for k in keys)), rows),
+        ]
+    )
+
+
+def gpus_page() -> str:
+    """The accelerators of the catalogue."""
+    return join(
+        [
+            "# Accelerators",
+            "Rates are peak, dense, decimal and one direction. An empty cell is not known, or not"
+            " there. Prices are per accelerator and hour, dated, and yours replace them"
+            " (`--price`). Sources stand in `src/tierline/catalog/data/gpus/`.",
+            table(GPU_HEAD, [gpu_row(load_gpu(name)) for name in gpu_names()]),
+        ]
+    )
+
+
+def gpu_row(gpu: GpuSpec) -> tuple[str, ...]:
+    """One accelerator as a table row."""
+    math = [gpu.flops_per_s.get(key) for key in ("bf16", "fp8", "fp4")]
+    prices = [gpu.price.low_usd, gpu.price.typical_usd, gpu.price.high_usd]
+    return (
+        f"`{gpu.name}`",
+        gpu.title,
+        f"{gpu.memory_bytes / 1e9:g}",
+        f"{gpu.memory_bytes_per_s / 1e9:g}",
+        *(f"{rate / 1e12:g}" if rate else "" for rate in math),
+        f"{gpu.scale_up.bytes_per_s / 1e9:g} {gpu.scale_up.kind}",
+        str(gpu.scale_up.domain_gpus),
+        *(f"{usd:.2f}" if usd is not None else "" for usd in prices),
+        gpu.price.as_of if any(usd is not None for usd in prices) else "",
+    )
+
+
+def models_page() -> str:
+    """The models of the catalogue."""
+    rows = []
+    for name, model in known_models().items():
+        rows.append(
+            (
+                f"`{name}`",
+                significant(model.params / 1e9),
+                significant(model.params_active / 1e9),
+                str(model.layers),
+                f"{model.kv_elements_per_token * 2:,}",
+                f"{model.positions_max:,}",
+                f"`{model.native_format}`",
+            )
+        )
+    return join(
+        [
+            "# Models",
+            "Counted from the shapes. KV bytes per token are those of a BF16 cache over all"
+            " layers, inside every attention window; FP8 halves them. A model that is not here"
+            " is read from its `config.json`: see [add a model](../guides/add-a-model.md).",
+            table(MODEL_HEAD, rows),
+        ]
+    )
+
+
+def formats_page() -> str:
+    """Number formats of weights and cache."""
+
+    def rows(known: dict[str, formats.Format]) -> list[tuple[str, ...]]:
+        return [(f"`{f.name}`", f"{f.bits:g}", f.math, f.quality, f.note) for f in known.values()]
+
+    head = ("name", "bits", "math", "quality to test for", "note")
+    return join(
+        [
+            "# Number formats",
+            inspect.getdoc(formats) or "",
+            "## Weights",
+            table(head, rows(formats.WEIGHT_FORMATS)),
+            "## KV cache",
+            table(head, rows(formats.KV_FORMATS)),
+        ]
+    )
+
+
+def errors_page() -> str:
+    """The tree of errors, and what each means."""
+    tree, _, rest = (inspect.getdoc(errors) or "").partition("A broken invariant")
+    intro, _, drawn = tree.partition("\n\n")
+    rows = [
+        (f"`{name}`", (inspect.getdoc(error) or "").splitlines()[0])
+        for name, error in vars(errors).items()
+        if isinstance(error, type)
+    ]
+    return join(
+        [
+            "# Errors",
+            "The command line prints `error:` and, where there is one, `hint:` on standard error,"
+            " and ends with status 2.",
+            intro,
+            f"```text\n{textwrap.dedent(drawn).strip()}\n```",
+            "A broken invariant" + rest,
+            table(("error", "meaning"), rows),
+        ]
+    )
+
+
+PAGES: dict[str, Callable[[], str]] = {
+    "cli.md": cli_page,
+    "deployment.md": deployment_page,
+    "trace-format.md": trace_page,
+    "gpus.md": gpus_page,
+    "models.md": models_page,
+    "formats.md": formats_page,
+    "errors.md": errors_page,
+}
+
+
+# Parts of pages
+
+
+def join(parts: Iterable[str]) -> str:
+    """Parts with a blank line between them, under the line that says who wrote the page."""
+    return NOTICE + "\n" + "\n\n".join(part.strip() for part in parts if part.strip()) + "\n"
+
+
+def table(head: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
+    """A Markdown table."""
+    head = list(head)
+    lines = [head, ["---"] * len(head), *rows]
+    return "\n".join(
+        "| " + " | ".join(" ".join(c.split()).replace("|", "\\|") for c in line) + " |"
+        for line in lines
+    )
+
+
+def dataclasses_of(module: ModuleType) -> list[type]:
+    """The dataclasses that a module defines, outermost first: last defined, first read."""
+    own = [v for v in vars(module).values() if is_dataclass(v) and isinstance(v, type)]
+    return [cls for cls in reversed(own) if cls.__module__ == module.__name__]
+
+
+def dataclass_section(cls: type) -> str:
+    """A heading, the docstring and a table of the fields with their comments."""
+    rows = [(f"`{f.name}`", f"`{f.type}`", f.default, f.comment) for f in fields_of(cls)]
+    head = ("field", "type", "default", "meaning")
+    return f"## {cls.__name__}\n\n{inspect.getdoc(cls)}\n\n{table(head, rows)}"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FieldText:
+    """One field of a dataclass as its source has it."""
+
+    name: str
+    type: str
+    default: str
+    comment: str
+
+
+def fields_of(cls: type) -> list[FieldText]:
+    """The fields in order; the comment is the one at the end of the field's line."""
+    source = textwrap.dedent(inspect.getsource(cls))
+    comments = {
+        token.start[0]: token.string.removeprefix("#").strip()
+        for token in tokenize.generate_tokens(io.StringIO(source).readline)
+        if token.type == tokenize.COMMENT
+    }
+    body = ast.parse(source).body[0]
+    assert isinstance(body, ast.ClassDef)
+    defaults = {f.name: f.default for f in fields(cls)}
+    return [
+        FieldText(
+            name=ast.unparse(node.target),
+            type=ast.unparse(node.annotation),
+            default=f"`{defaults[ast.unparse(node.target)]!r}`" if node.value else "required",
+            comment=comments.get(node.end_lineno or node.lineno, ""),
+        )
+        for node in body.body
+        if isinstance(node, ast.AnnAssign)
+    ]
+
+
+# Writing and checking
+
+
+def stale_pages(folder: Path) -> list[str]:
+    """Names of the pages that are missing, or not what the code says now, or written no more."""
+    stale = [name for name, page in PAGES.items() if text_of(folder / name) != page()]
+    others = [f for f in sorted(folder.glob("*.md")) if f.name not in PAGES]
+    return stale + [f.name for f in others if (text_of(f) or "").startswith(NOTICE)]
+
+
+def text_of(path: Path) -> str | None:
+    """The text of a page, or None when there is none."""
+    return path.read_text(encoding="utf-8") if path.is_file() else None
+
+
+def write_pages(folder: Path) -> None:
+    """Write every page."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, page in PAGES.items():
+        (folder / name).write_text(page(), encoding="utf-8")
+
+
+# Examples
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Example:
+    """One block that a document promises to work."""
+
+    where: str  # file:line
+    language: str
+    text: str
+
+
+def examples_in(document: Path) -> list[Example]:
+    """The blocks after a mark; a mark without a block is an error of the document."""
+    lines = document.read_text(encoding="utf-8").splitlines()
+    found = []
+    for number, line in enumerate(lines):
+        if line.strip() != MARK:
+            continue
+        fence = lines[number + 1].strip() if number + 1 < len(lines) else ""
+        assert fence in ("```console", "```python"), f"{document}:{number + 1}: no block follows"
+        end = lines.index("```", number + 2)
+        name = f"{document}:{number + 2}"
+        text = "\n".join(lines[number + 2 : end])
+        found.append(Example(where=name, language=fence.removeprefix("```"), text=text))
+    return found
+
+
+def failure_of(example: Example, *, root: Path = ROOT) -> str | None:
+    """None when the example does what it shows, else what it did instead."""
+    if example.language == "python":
+        done = run([sys.executable, "-c", example.text], root)
+        return None if done.returncode == 0 else done.stdout
+    for command, expected in sessions(example.text):
+        done = run(["bash", "-c", command], root)
+        status = 2 if any(line.startswith("error:") for line in expected.splitlines()) else 0
+        if done.returncode != status:
+            return f"$ {command}\nended with status {done.returncode}\n{done.stdout}"
+        if expected and not matches(expected, done.stdout):
+            return f"$ {command}\nprinted\n{done.stdout}"
+    return None
+
+
+def sessions(text: str) -> Iterator[tuple[str, str]]:
+    """Each command of a console block with the lines that should follow it."""
+    for part in ("\n" + text).split("\n$ ")[1:]:
+        lines = part.split("\n")
+        end = next(i for i, line in enumerate(lines) if not line.endswith("\\"))
+        yield "\n".join(lines[: end + 1]), "\n".join(lines[end + 1 :]).strip("\n")
+
+
+def matches(expected: str, printed: str) -> bool:
+    """Whether the text is the expected one; `...` stands for any text, space is loose."""
+    flags = doctest.ELLIPSIS | doctest.NORMALIZE_WHITESPACE
+    return doctest.OutputChecker().check_output(expected + "\n", printed + "\n", flags)
+
+
+def run(command: list[str], root: Path) -> subprocess.CompletedProcess[str]:
+    """Run with this Python's environment first on the path; both streams together."""
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}"
+    return subprocess.run(
+        command,
+        cwd=root,
+        env={**os.environ, "PATH": path, "COLUMNS": "100"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        timeout=TIMEOUT_S,
+        check=False,
+    )
+
+
+def documents(root: Path) -> list[Path]:
+    """Every document that may hold examples."""
+    return [root / "README.md", *sorted((root / "docs").rglob("*.md"))]
+
+
+def run_examples(root: Path) -> int:
+    """How many examples fail; each failure is printed."""
+    failures = 0
+    for example in (e for document in documents(root) for e in examples_in(document)):
+        failure = failure_of(example, root=root)
+        print(f"{'ok  ' if failure is None else 'FAIL'} {example.where}")
+        if failure is not None:
+            failures += 1
+            print(textwrap.indent(failure, "     "))
+    return failures
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description="Write, check or run the documents.")
+    parser.add_argument("--check", action="store_true", help="fail when a page is stale")
+    parser.add_argument("--examples", action="store_true", help="run the marked examples")
+    args = parser.parse_args()
+    folder = ROOT / REFERENCE
+    if args.examples:
+        return 1 if run_examples(ROOT) else 0
+    if args.check:
+        stale = stale_pages(folder)
+        for name in stale:
+            print(f"error: {REFERENCE}/{name} is stale; run `make docs`", file=sys.stderr)
+        return 1 if stale else 0
+    write_pages(folder)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
