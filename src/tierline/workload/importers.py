@@ -72,8 +72,18 @@ FORMATS = {
         blocks="hash_ids",
         arrival_unit="ms",
     ),
+    "aiperf": Columns(
+        arrival="metadata.request_start_ns",
+        input="metrics.input_sequence_length.value",
+        output="metrics.output_sequence_length.value",
+        session="metadata.conversation_id",
+    ),
+    "vllm": Columns(arrival="start_s", arrival_unit="s", failed_output_zero=True),
+    "guidellm": Columns(arrival="start_s", arrival_unit="s", failed_output_zero=True),
+    "servegen": Columns(arrival="t_s", arrival_unit="s", tenant="client"),
     "log": Columns(),  # a request log; its columns come from the caller's mapping
 }
+DOCUMENTS = ("vllm", "guidellm")  # one JSON value in the file, not lines
 
 _UNIT_NS = {"s": 10**9, "ms": 10**6, "us": 10**3, "ns": 1}
 _CALENDAR_FROM_S = 10**8  # a larger number of seconds is an epoch time, not time since the start
@@ -113,7 +123,7 @@ def _detect_json(first_line: str) -> str | None:
     try:
         record = json.loads(first_line)
     except ValueError:
-        return "document"  # one JSON value over many lines
+        return "document"  # one JSON value over many lines: see `open_document`
     if "tierline_trace" in record:
         return "tierline"
     if {"timestamp", "input_length", "output_length"} <= set(record):
@@ -123,6 +133,74 @@ def _detect_json(first_line: str) -> str | None:
     if "input_lens" in record or "benchmarks" in record:
         return "document"
     return None
+
+
+def open_document(value: Any, *, where: str) -> tuple[str, Columns, list[dict[str, Any]]]:
+    """The format, columns and records of a benchmark result that is one JSON value.
+
+    Start times there are readings of a clock of no known zero, so they are rebased.
+    """
+    if isinstance(value, dict) and isinstance(value.get("input_lens"), list):
+        name, records = "vllm", _vllm_records(value)
+    elif isinstance(value, dict) and isinstance(value.get("benchmarks"), list):
+        name, records = "guidellm", _guidellm_records(value)
+    else:
+        given = ", ".join(list(value)[:8]) if isinstance(value, dict) else type(value).__name__
+        aiperf = isinstance(value, dict) and "input_sequence_length" in value
+        raise TraceError(
+            f"{where} is a JSON document without requests in it ({given})",
+            hint="it holds AIPerf's summary; give profile_export.jsonl, the requests"
+            if aiperf
+            else "results of vLLM (saved with --save-detailed) and GuideLLM are read",
+        )
+    starts = [r["start_s"] for r in records if r["start_s"] is not None]
+    if len(starts) < len(records) or not starts:
+        return name, replace(FORMATS[name], arrival=None), records
+    for record in records:
+        record["start_s"] -= min(starts)
+    return name, FORMATS[name], sorted(records, key=lambda r: r["start_s"])
+
+
+def _vllm_records(value: dict[str, Any]) -> list[dict[str, Any]]:
+    inputs, outputs = value["input_lens"], value.get("output_lens") or []
+    starts = value.get("start_times") or [None] * len(inputs)
+    return [
+        {"input_tokens": i, "output_tokens": o, "start_s": start}
+        for i, o, start in zip(inputs, outputs, starts, strict=False)
+    ]
+
+
+def _guidellm_records(value: dict[str, Any]) -> list[dict[str, Any]]:
+    """Successful requests of every benchmark of the file; names differ between its versions."""
+    done: list[dict[str, Any]] = []
+    for benchmark in value["benchmarks"]:
+        requests = benchmark.get("requests") if isinstance(benchmark, dict) else None
+        done += (requests.get("successful") if isinstance(requests, dict) else requests) or []
+    return [
+        {
+            "input_tokens": r.get("prompt_tokens"),
+            "output_tokens": r.get("output_tokens"),
+            "start_s": r.get("request_start_time", r.get("start_time")),
+        }
+        for r in done
+    ]
+
+
+def aiperf_parser() -> Parse:
+    """AIPerf's records; warm-up, cancelled and failed requests are no demand."""
+    parse_record = json_parser(FORMATS["aiperf"])
+
+    def parse(line: str) -> Request | None:
+        record = json.loads(line)
+        about = record["metadata"]
+        phase = about.get("benchmark_phase", about.get("credit_phase"))
+        if record.get("error") or about.get("was_cancelled") or phase == "warmup":
+            return None
+        if "request_start_ns" not in about and "timestamp_ns" in about:
+            about["request_start_ns"] = about["timestamp_ns"]  # as older versions call it
+        return parse_record(record)
+
+    return parse
 
 
 def csv_parser(header: str, columns: Columns, *, where: str) -> Parse:
@@ -211,8 +289,8 @@ def _builder(columns: Columns) -> Callable[[dict[str, Any]], Request | None]:
             prefix_blocks=_block_ids(values["blocks"]) if "blocks" in values else (),
             session=str(values.get("session", "")),
             tenant=str(values.get("tenant", "")),
-            priority=int(values.get("priority") or 0),
-            deadline_ns=None if deadline in (None, "") else int(deadline),
+            priority=int(values.get("priority", 0)),
+            deadline_ns=int(deadline) if deadline else None,
         )
 
     return build

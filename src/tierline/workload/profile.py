@@ -9,14 +9,18 @@ a trace without arrival times has no rate, and one without prefix blocks has no 
 from array import array
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from statistics import NormalDist
 from typing import TYPE_CHECKING, Any
 
-from tierline.base.errors import TraceError
+from tierline.base.errors import InputError, TraceError
+from tierline.base.units import format_seconds, significant
+from tierline.workload.importers import BLOCK_TOKENS
 from tierline.workload.request import Request
 from tierline.workload.reuse import ReuseCurve, ReuseMeter
 from tierline.workload.sessions import SessionMeter, Sessions
-from tierline.workload.trace import BLOCK_TOKENS, TraceReader
+from tierline.workload.trace import TraceReader, read_trace
 
 if TYPE_CHECKING:
     import numpy as np
@@ -73,6 +77,16 @@ class WindowRates:
     p99: float
     max: float
 
+    def scaled(self, factor: float) -> "WindowRates":
+        """Every rate times `factor`."""
+        return WindowRates(
+            window_s=self.window_s,
+            p50=self.p50 * factor,
+            p95=self.p95 * factor,
+            p99=self.p99 * factor,
+            max=self.max * factor,
+        )
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Burst:
@@ -101,6 +115,16 @@ class Arrivals:
     def peak_to_mean(self) -> float:
         """The busiest minute over the mean rate."""
         return self.by_minute.max / self.rate_rps
+
+    def scaled(self, factor: float) -> "Arrivals":
+        """More (or fewer) of the same users: every rate times `factor`, over the same time."""
+        return replace(
+            self,
+            rate_rps=self.rate_rps * factor,
+            by_minute=self.by_minute.scaled(factor),
+            by_10s=self.by_10s.scaled(factor),
+            series_rps=tuple(rate * factor for rate in self.series_rps),
+        )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -135,6 +159,17 @@ class Profile:
             assert self.arrivals is not None, "a workload without arrivals needs a rate"
             rate_rps = self.arrivals.rate_rps
         return rate_rps * (ttft_s + tpot_s * (self.output.mean - 1))
+
+    def at_rate(self, rate_rps: float) -> "Profile":
+        """The same workload at another mean rate, with the shape of its load over time.
+
+        A workload without arrivals gets a steady Poisson hour.
+        """
+        if not 0 < rate_rps < float("inf"):
+            raise InputError(f"a rate of {rate_rps} requests/s", hint="a rate is above zero")
+        if self.arrivals is None:
+            return replace(self, arrivals=poisson_arrivals(rate_rps))
+        return replace(self, arrivals=self.arrivals.scaled(rate_rps / self.arrivals.rate_rps))
 
     @property
     def archetype(self) -> str:
@@ -171,17 +206,23 @@ def phase_balance(prefill_share: float) -> str:
 
 
 def profile_trace(
-    requests: TraceReader | Iterable[Request],
+    trace: Path | str | Iterable[Request],
     *,
+    format: str | None = None,  # noqa: A002  # the word a caller expects
+    mapping: Mapping[str, str] | None = None,
     source: str = "requests",
     block_tokens: int = BLOCK_TOKENS,
     has_arrivals: bool = True,
+    progress: bool = False,
 ) -> Profile:
-    """The profile of a trace; a `TraceReader` brings its own source, block size and arrivals.
+    """The profile of a trace: a file, a reader of one, or requests in order of arrival.
 
-    Raises `TraceError` when there is no request.
+    A file and a `TraceReader` bring their own source, block size and arrivals. Raises
+    `TraceError` for a file that cannot be read as a trace, or when there is no request.
     """
-    reader = requests if isinstance(requests, TraceReader) else None
+    if isinstance(trace, (Path, str)):
+        trace = read_trace(trace, format=format, mapping=mapping)
+    reader = trace if isinstance(trace, TraceReader) else None
     if reader is not None:
         source, block_tokens = reader.report.path, reader.block_tokens
         has_arrivals = reader.has_arrivals
@@ -190,7 +231,7 @@ def profile_trace(
     priorities: Counter[int] = Counter()
     reuse = ReuseMeter(block_tokens=block_tokens)
     sessions = SessionMeter(block_tokens=block_tokens)
-    for request in requests:
+    for request in _with_progress(trace) if progress else trace:
         arrivals_ns.append(request.arrival_ns)
         inputs.append(request.input_tokens)
         outputs.append(request.output_tokens)
@@ -210,10 +251,19 @@ def profile_trace(
         sessions=sessions.result(),
         tenants=len(known_tenants) or None,
         tenant_zipf=_zipf_exponent(known_tenants),
-        priorities={p: n / len(inputs) for p, n in priorities.items()},
+        priorities={p: n / len(inputs) for p, n in sorted(priorities.items())},
         reuse=reuse.curve(),
         notes=tuple(reader.report.sentences()) if reader else (),
     )
+
+
+def _with_progress(requests: Iterable[Request]) -> Iterable[Request]:
+    """The requests, with a bar on a terminal once it takes more than a second."""
+    import sys
+
+    from tqdm import tqdm
+
+    return tqdm(requests, unit=" requests", delay=1, disable=not sys.stderr.isatty(), leave=False)
 
 
 def _length_facts(inputs: Sequence[int], outputs: Sequence[int]) -> dict[str, Any]:
@@ -251,7 +301,7 @@ def _rank_correlation(x: "Ints", y: "Ints") -> float:
         ranks.append((np.cumsum(counts) - (counts - 1) / 2)[where])
     if min(r.std() for r in ranks) == 0:
         return 0.0
-    return float(np.corrcoef(*ranks)[0, 1])
+    return float(np.corrcoef(ranks[0], ranks[1])[0, 1])
 
 
 def _arrivals(arrivals_ns: Sequence[int]) -> Arrivals | None:
@@ -298,6 +348,33 @@ def _window_rates(seconds: "Floats", window_s: int) -> WindowRates:
     return WindowRates(window_s=window_s, p50=p50, p95=p95, p99=p99, max=float(rates.max()))
 
 
+def poisson_arrivals(rate_rps: float, *, span_s: float = 3600.0) -> Arrivals:
+    """A steady Poisson stream, by the normal law of its counts; nothing is drawn."""
+
+    def windows(window_s: int) -> WindowRates:
+        spread = (rate_rps / window_s) ** 0.5
+        highest = NormalDist().inv_cdf(1 - 0.5 * window_s / span_s)  # median of the maximum
+        return WindowRates(
+            window_s=window_s,
+            p50=rate_rps,
+            p95=rate_rps + 1.645 * spread,
+            p99=rate_rps + 2.326 * spread,
+            max=rate_rps + highest * spread,
+        )
+
+    return Arrivals(
+        span_s=span_s,
+        rate_rps=rate_rps,
+        by_minute=windows(60),
+        by_10s=windows(10),
+        iat_cv=1.0,
+        bursts=(),
+        day_shape=None,
+        series_step_s=60.0,
+        series_rps=(rate_rps,) * int(span_s / 60),
+    )
+
+
 def _bursts(counts: "Ints", rate_rps: float) -> tuple[Burst, ...]:
     """Runs of windows above 1.5 times the mean and above it by four Poisson deviations."""
     import numpy as np
@@ -336,3 +413,63 @@ def _zipf_exponent(counts: Sequence[int]) -> float | None:
         return None
     slope = np.polyfit(np.log(np.arange(1, len(counts) + 1)), np.log(counts), 1)[0]
     return float(max(0.0, -slope))
+
+
+def describe(profile: Profile) -> str:
+    """The profile for a terminal, one fact a line; what is unknown says so."""
+    rows = [
+        ("source", profile.source),
+        ("requests", f"{profile.requests:,}"),
+        *[(f"{n} tokens", _length_line(getattr(profile, n))) for n in ("input", "output", "total")],
+        ("input with output", f"rank correlation {profile.length_correlation:+.2f}"),
+        ("looks like", f"{profile.archetype} (by median lengths)"),
+        *_arrival_lines(profile.arrivals),
+        ("sessions", _session_line(profile.sessions)),
+        ("tenants", "unknown" if profile.tenants is None else f"{profile.tenants:,}"),
+        ("prefix reuse", _reuse_line(profile.reuse)),
+        *[("note", note) for note in profile.notes],
+    ]
+    return "\n".join(f"{name:<20}{text}" for name, text in rows)
+
+
+def _length_line(lengths: Lengths) -> str:
+    shown = " / ".join(f"{lengths.percentile(p):,.0f}" for p in (50, 95, 99))
+    return f"mean {lengths.mean:,.0f}, p50 / p95 / p99 {shown}, max {lengths.quantiles[-1]:,.0f}"
+
+
+def _arrival_lines(arrivals: Arrivals | None) -> list[tuple[str, str]]:
+    if arrivals is None:
+        return [("arrivals", "unknown: the trace has no arrival times")]
+    minute = arrivals.by_minute
+    return [
+        (
+            "arrivals",
+            f"{significant(arrivals.rate_rps)} requests/s over {format_seconds(arrivals.span_s)}",
+        ),
+        (
+            "busiest minutes",
+            f"p95 {significant(minute.p95)}, p99 {significant(minute.p99)}, "
+            f"max {significant(minute.max)} requests/s ({arrivals.peak_to_mean:.2f} of the mean)",
+        ),
+        ("gaps", f"CV {arrivals.iat_cv:.2f}, {len(arrivals.bursts)} bursts"),
+    ]
+
+
+def _session_line(sessions: Sessions | None) -> str:
+    if sessions is None:
+        return "unknown: the trace names none and has no prefix blocks"
+    how = "read from prefixes" if sessions.inferred else "named"
+    think = (
+        ""
+        if sessions.think_s_p50 is None
+        else f", {format_seconds(sessions.think_s_p50)} between turns (p50)"
+    )
+    return f"{sessions.count:,} ({how}), {sessions.turns_mean:.2f} turns each{think}"
+
+
+def _reuse_line(curve: ReuseCurve | None) -> str:
+    if curve is None:
+        return "unknown: the trace has no prefix blocks"
+    sizes = (1e6, 1e7, 1e8)
+    shown = ", ".join(f"{curve.hit_rate(s):.1%} at {s / 1e6:g} M tokens" for s in sizes)
+    return f"{shown}; {curve.ideal.token_hit_rate:.1%} of prompt tokens at most"

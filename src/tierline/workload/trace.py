@@ -11,16 +11,16 @@ request a line. docs/reference/trace-format.md describes it.
 
 import gzip
 import json
+import os
 import zlib
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import IO, Any, Literal
+from typing import IO, Any, Literal, cast
 
-from tierline.base.errors import TraceError
-from tierline.base.files import write_text
+from tierline.base.errors import DependencyError, TraceError
 from tierline.base.names import lookup
-from tierline.workload import importers
+from tierline.workload import importers, servegen
 from tierline.workload.importers import BLOCK_TOKENS, FORMATS, Columns, Parse
 from tierline.workload.request import Request
 
@@ -41,15 +41,16 @@ class TraceReport:
     broken_lines: list[tuple[int, str]] = field(default_factory=list)  # the first few
     unsorted: int = 0  # arrivals before the one above them
     truncated: bool = False
+    assumed: str = ""  # what the importer had to make up, in a sentence
 
     def sentences(self) -> list[str]:
         """What a person must know about this reading, one fact a sentence; empty when clean."""
-        said = []
+        said = [self.assumed] if self.assumed else []
         if self.broken:
             first = "; ".join(f"line {n}: {why}" for n, why in self.broken_lines[:3])
             said.append(f"{self.broken} of {self.rows} rows are broken and were left out ({first})")
         if self.failed:
-            said.append(f"{self.failed} failed requests (no output tokens) were left out")
+            said.append(f"{self.failed} failed or warm-up requests were left out")
         if self.unsorted:
             said.append(f"{self.unsorted} arrivals were out of order; requests are taken in order")
         if self.truncated:
@@ -64,9 +65,11 @@ class TraceReader:
         self,
         path: Path,
         *,
-        format: str,
+        format: str,  # noqa: A002
         columns: Columns,
         first_line: str,
+        records: list[dict[str, Any]] | None,
+        selection: Mapping[str, str],
         broken_max: float,
         allow_truncated: bool,
     ) -> None:
@@ -77,6 +80,8 @@ class TraceReader:
         self._path = path
         self._columns = columns
         self._is_json = first_line.startswith("{")
+        self._records = records
+        self._selection = selection
         self._broken_max = broken_max
         self._allow_truncated = allow_truncated
         if format == "tierline":
@@ -85,8 +90,13 @@ class TraceReader:
     def __iter__(self) -> Iterator[Request]:
         """Raises `TraceError` when the file cannot be used; see `read_trace`."""
         self.report = report = TraceReport(path=str(self._path), format=self.format)
-        lines = _lines(self._path, report, allow_truncated=self._allow_truncated)
-        yield from self._checked(lines, self._parser(lines))
+        if self._records is not None:
+            rows: Iterator[tuple[int, Any]] = enumerate(self._records, start=1)
+        else:
+            rows = _lines(self._path, report, allow_truncated=self._allow_truncated)
+        if self.format == "servegen":
+            report.assumed, rows = servegen.requests(rows, self._path, self._selection)
+        yield from self._checked(rows, self._parser(rows))
         if report.rows == 0:
             raise TraceError(
                 f"trace {report.path!r} has a header and no rows", hint="export requests into it"
@@ -94,7 +104,11 @@ class TraceReader:
         self._check_broken()
 
     def _parser(self, lines: Iterator[tuple[int, str]]) -> Parse:
-        if self._is_json:
+        if self.format == "servegen":
+            return lambda request: request
+        if self.format == "aiperf":
+            return importers.aiperf_parser()
+        if self._is_json or self._records is not None:
             if self.format == "tierline":
                 next(lines)
             return importers.json_parser(self._columns)
@@ -138,7 +152,7 @@ class TraceReader:
 def read_trace(
     path: Path | str,
     *,
-    format: str | None = None,
+    format: str | None = None,  # noqa: A002  # the word a caller expects
     mapping: Mapping[str, str] | None = None,
     on_error: Literal["skip", "fail"] = "skip",
     broken_max: float = 0.01,
@@ -148,29 +162,36 @@ def read_trace(
 
     `mapping` names the columns of a request log: {"arrival": "ts", "input": "prompt_tokens"}.
     Broken rows are left out and counted, up to the share `broken_max`; `on_error="fail"` stops
-    at the first. Raises `TraceError` for what cannot be read as a trace, also while iterating.
+    at the first. For ServeGen's client rates `mapping` selects: workload, start_s, duration_s,
+    seed. Raises `TraceError` for what cannot be read as a trace, also while iterating.
     """
     path = Path(path)
     if format is not None:
         lookup("trace format", format, FORMATS, error=TraceError)
     first_line = _first_line(path)
-    if mapping is not None:
+    name = format or importers.detect(first_line) or ""
+    records, selection = None, {}
+    if name == "servegen":
+        columns, selection = FORMATS[name], dict(mapping or {})
+    elif mapping:
         name, columns = "log", importers.mapped_columns(mapping)
+    elif name == "document" or name in importers.DOCUMENTS:
+        name, columns, records = importers.open_document(_json(path), where=f"trace {str(path)!r}")
+    elif name not in FORMATS or (name == "log" and not mapping):
+        raise TraceError(
+            f"trace {str(path)!r} has no format that is known here; it begins {first_line[:80]!r}",
+            hint="name its columns with a mapping (arrival, input, output), "
+            f"or its format: {', '.join(sorted(FORMATS))}",
+        )
     else:
-        name = format or importers.detect(first_line) or ""
-        if name not in FORMATS:
-            raise TraceError(
-                f"trace {str(path)!r} has no format that is known here; "
-                f"it begins {first_line[:80]!r}",
-                hint="name its columns with a mapping (arrival, input, output), "
-                f"or its format: {', '.join(sorted(FORMATS))}",
-            )
         columns = FORMATS[name]
     return TraceReader(
         path,
         format=name,
         columns=columns,
         first_line=first_line,
+        records=records,
+        selection=selection,
         broken_max=0.0 if on_error == "fail" else broken_max,
         allow_truncated=allow_truncated,
     )
@@ -179,6 +200,18 @@ def read_trace(
 def load_trace(reader: Iterable[Request]) -> list[Request]:
     """All requests in order of arrival; requests that arrive together keep the file's order."""
     return sorted(reader, key=lambda r: r.arrival_ns)
+
+
+def _json(path: Path) -> Any:
+    report = TraceReport(path=str(path), format="")
+    text = "\n".join(line for _, line in _lines(path, report, allow_truncated=False))
+    try:
+        return json.loads(text)
+    except ValueError as error:
+        raise TraceError(
+            f"trace {str(path)!r} is neither JSON lines nor a JSON document: {error}",
+            hint="give one JSON object a line, or the result file of a benchmark",
+        ) from None
 
 
 def _header_block_tokens(header: str, path: Path) -> int:
@@ -195,12 +228,12 @@ def _header_block_tokens(header: str, path: Path) -> int:
     return block_tokens
 
 
-def _open(path: Path) -> IO[bytes]:
+def open_bytes(path: Path) -> IO[bytes]:
     """The bytes of a file, unpacked when they are gzip by content, whatever the name says."""
     try:
         with path.open("rb") as raw:
             packed = raw.read(2) == _GZIP_MAGIC
-        return gzip.open(path, "rb") if packed else path.open("rb")
+        return cast("IO[bytes]", gzip.open(path, "rb")) if packed else path.open("rb")
     except OSError as error:
         raise TraceError(f"cannot read trace {str(path)!r}: {error.strerror}") from None
 
@@ -209,7 +242,7 @@ def _lines(path: Path, report: TraceReport, *, allow_truncated: bool) -> Iterato
     """Numbered lines that are not blank."""
     number = 0
     try:
-        with _open(path) as file:
+        with open_bytes(path) as file:
             for number, raw in enumerate(file, start=1):
                 line = raw.decode("utf-8-sig" if number == 1 else "utf-8").strip()
                 if line:
@@ -240,11 +273,34 @@ def _first_line(path: Path) -> str:
 
 def write_trace(
     path: Path, requests: Iterable[Request], *, block_tokens: int = BLOCK_TOKENS
-) -> None:
-    """Write our own format; gzip when the name ends in .gz."""
+) -> int:
+    """Write our own format, gzip when the name ends in .gz; returns how many requests.
+
+    Beside first and then renamed, as `base.files.write_text` does, but streamed.
+    """
+    path = Path(path)
+    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
     header = {"tierline_trace": 1, "block_tokens": block_tokens}
-    lines = [json.dumps(header), *(json.dumps(_record(r)) for r in requests)]
-    write_text(path, "\n".join(lines) + "\n")
+    count = 0
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with partial.open("wb") as raw:
+            packed = gzip.GzipFile(fileobj=raw, mode="wb", filename="", mtime=0)
+            file = cast("IO[bytes]", packed) if path.suffix == ".gz" else raw
+            file.write(json.dumps(header).encode() + b"\n")
+            for request in requests:
+                count += 1
+                file.write(json.dumps(_record(request)).encode() + b"\n")
+            if file is not raw:
+                packed.close()
+        partial.replace(path)
+    except OSError as error:
+        partial.unlink(missing_ok=True) if partial.parent.is_dir() else None
+        raise DependencyError(
+            f"cannot write {str(path)!r}: {error.strerror}",
+            hint="choose an output folder that you may write to",
+        ) from None
+    return count
 
 
 def _record(request: Request) -> dict[str, Any]:
