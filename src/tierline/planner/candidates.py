@@ -16,21 +16,22 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 
 from tierline.base.progress import with_progress
-from tierline.base.units import HOURS_PER_YEAR, format_bytes, format_seconds
+from tierline.base.units import HOURS_PER_YEAR, format_bytes, format_seconds, format_usd
 from tierline.catalog.formats import KV_FORMATS, WEIGHT_FORMATS, Format
 from tierline.catalog.gpu import GpuSpec
 from tierline.catalog.gpus import supports, supports_kv
 from tierline.catalog.model import ModelSpec
 from tierline.perf.memory import computed_activation_bytes, overhead_bytes
-from tierline.perf.step import EngineProfile, Layout, StepCost, load_engine
+from tierline.perf.step import Layout, StepCost, load_engine
 from tierline.planner.finding import Candidate, Edge, MemoryUse, Question, Rejected
-from tierline.planner.load import Demand, Instance, OperatingPoint, operating_point, usable_rate
+from tierline.planner.load import Demand, Instance, operating_point, usable_rate
 
 QUALITIES = ("none", "negligible", "mild", "moderate")
 CHUNKS = (256, 512, 1024, 2048, 4096, 8192)
 SEQUENCES = 1024
-PRUNE_RATIO = 2.0
+PRUNE_RATIO = 1.5
 PER_GPU_MIN = 3
+SHOWN = 40
 PCIE_TP_MAX = 4  # all-reduce takes over 38 % of a step at 8 ranks on PCIe
 NODES_MAX = 4
 DRAM_SHARE = 0.8  # of host memory that a KV tier may take; the rest is the host's
@@ -45,6 +46,22 @@ class Load:
     demand: Demand  # without prefix hits
     hit_rate: Callable[[float], float] | None  # fleet-wide cached tokens -> token hit rate
     longest_tokens: int  # prompt plus output that one instance must be able to hold
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Screened:
+    """A layout that keeps its promises at the pessimistic edge; the other edges come later."""
+
+    cost: StepCost
+    memory: MemoryUse
+    instance: Instance  # slowed down
+    demand: Demand  # prefix hits applied
+    pessimistic: Edge
+
+    @property
+    def name(self) -> str:
+        """How a rejection calls it."""
+        return f"{self.cost.gpu.name} {self.cost.layout}"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -67,7 +84,8 @@ def search(question: Question, load: Load, *, progress: bool = False) -> Search:
         ),
         key=lambda shape: shape[:3],
     )
-    found: list[Candidate] = []
+    considered = len(shapes) + len(rejected)
+    kept: list[Screened] = []
     cheapest = math.inf
     per_gpu: Counter[str] = Counter()
     for bound, gpu_name, name, cost in with_progress(shapes, what="configurations", show=progress):
@@ -75,25 +93,48 @@ def search(question: Question, load: Load, *, progress: bool = False) -> Search:
             why = f"at full load without queueing it costs over {PRUNE_RATIO:g} x the best found"
             rejected.append(Rejected(what=f"{gpu_name} {name}", why=why))
             continue
-        outcome = evaluate(question, cost, load)
+        outcome = screen(question, cost, load)
         if isinstance(outcome, Rejected):
             rejected.append(outcome)
             continue
-        found.append(outcome)
+        kept.append(outcome)
         per_gpu[gpu_name] += 1
-        if not outcome.needs_quality_test:
+        if not quality_gate(question, cost.layout):
             cheapest = min(cheapest, outcome.pessimistic.usd_per_year or math.inf)
-    found.sort(key=rank)
+    candidates = [complete(question, s, load) for s in shortlist(question, kept, rejected)]
     return Search(
-        candidates=tuple(found), rejected=tuple(rejected), considered=len(shapes) + len(rejected)
+        candidates=tuple(sorted(candidates, key=rank)),
+        rejected=tuple(rejected),
+        considered=considered,
     )
+
+
+def shortlist(question: Question, kept: list[Screened], rejected: list[Rejected]) -> list[Screened]:
+    """The cheapest `SHOWN`, and the cheapest usable of every accelerator; the rest by price."""
+    kept.sort(key=lambda s: (*edge_rank(s.pessimistic), s.name))
+    shown = kept[:SHOWN]
+    seen = {s.cost.gpu.name for s in shown if not quality_gate(question, s.cost.layout)}
+    for screened in kept[SHOWN:]:
+        usable = not quality_gate(question, screened.cost.layout)
+        if usable and screened.cost.gpu.name not in seen:
+            seen.add(screened.cost.gpu.name)
+            shown.append(screened)
+            continue
+        usd = screened.pessimistic.usd_per_year
+        why = f"costs {format_usd(usd)} a year" if usd is not None else "has no price"
+        rejected.append(Rejected(what=screened.name, why=f"{why}; {SHOWN} others cost less"))
+    return shown
 
 
 def rank(candidate: Candidate) -> tuple[float, int, float, str]:
     """Cheapest first at the pessimistic edge; unpriced last; then fewest GPUs, then TTFT."""
-    edge = candidate.pessimistic
+    return (*edge_rank(candidate.pessimistic), candidate.name)
+
+
+def edge_rank(edge: Edge) -> tuple[float, int, float]:
+    """The order of candidates: price, GPUs, and the time to first token."""
     price = edge.usd_per_year if edge.usd_per_year is not None else math.inf
-    return (price, edge.gpus, edge.point.ttft_s(99), candidate.name)
+    return (price, edge.gpus, edge.point.ttft_s(99))
 
 
 # --- what is legal --------------------------------------------------------------------------
@@ -202,6 +243,12 @@ def memory_use(cost: StepCost) -> MemoryUse:
 
 def evaluate(question: Question, cost: StepCost, load: Load) -> Candidate | Rejected:
     """The candidate with its three edges, or the reason why it cannot carry the load."""
+    outcome = screen(question, cost, load)
+    return outcome if isinstance(outcome, Rejected) else complete(question, outcome, load)
+
+
+def screen(question: Question, cost: StepCost, load: Load) -> Screened | Rejected:
+    """What the layout takes at the pessimistic edge, or why it cannot carry the load."""
     name = f"{cost.gpu.name} {cost.layout}"
     memory = memory_use(cost)
     pool = kv_pool_tokens(cost, memory, load)
@@ -211,13 +258,51 @@ def evaluate(question: Question, cost: StepCost, load: Load) -> Candidate | Reje
             why=f"the KV pool of {pool:,} tokens cannot hold one request of "
             f"{load.longest_tokens:,} tokens",
         )
-    engine = load_engine(question.engine)
-    slow = cost.scaled(cost.rates.evidence.high)
-    best = best_chunk(question, slow, engine, pool, load)
-    if best is None:
-        return Rejected(what=name, why=why_infeasible(question, slow, engine, pool, load))
-    chunk, hit_rate = best
-    return _candidate(question, cost, memory, engine, pool, chunk, hit_rate, load)
+    slowdown = cost.rates.evidence.high
+    instance = Instance(
+        cost=cost.scaled(slowdown),
+        engine=load_engine(question.engine),
+        kv_tokens=pool,
+        sequences_max=SEQUENCES,
+        chunk_tokens=CHUNKS[0],
+    )
+    tuned = best_chunk(question, instance, load)
+    if tuned is None:
+        return Rejected(what=name, why=why_infeasible(question, instance, load))
+    hit_rate = hits(question, tuned, load)
+    demand = replace(load.demand, hit_rate=hit_rate)
+    pessimistic = edge(question, tuned, demand, load, name="pessimistic", slowdown=slowdown)
+    if pessimistic is None:
+        return Rejected(what=name, why="prefix hits leave too few KV blocks for the rest")
+    return Screened(
+        cost=cost, memory=memory, instance=tuned, demand=demand, pessimistic=pessimistic
+    )
+
+
+def complete(question: Question, screened: Screened, load: Load) -> Candidate:
+    """The candidate with the other two edges."""
+    cost = screened.cost
+    evidence = cost.rates.evidence
+    edges: dict[str, Edge] = {"pessimistic": screened.pessimistic}
+    for name, slowdown in (("expected", 1.0), ("optimistic", evidence.low)):
+        instance = replace(screened.instance, cost=cost.scaled(slowdown))
+        at_edge = edge(question, instance, screened.demand, load, name=name, slowdown=slowdown)
+        assert at_edge is not None, "faster steps keep every promise that slower ones keep"
+        edges[name] = at_edge
+    return Candidate(
+        gpu=cost.gpu,
+        layout=cost.layout,
+        memory=screened.memory,
+        instance=replace(screened.instance, cost=cost),
+        demand=screened.demand,
+        kv_tokens=round(screened.instance.kv_tokens),
+        dram_tokens=0,
+        dram_bytes_per_instance=0,
+        hit_rate=screened.demand.hit_rate,
+        evidence=evidence,
+        needs_quality_test=quality_gate(question, cost.layout),
+        **edges,
+    )
 
 
 def kv_pool_tokens(cost: StepCost, memory: MemoryUse, load: Load) -> int:
@@ -226,93 +311,57 @@ def kv_pool_tokens(cost: StepCost, memory: MemoryUse, load: Load) -> int:
     return int(memory.kv_bytes / cost.kv_bytes_per_gpu(typical) * typical)
 
 
-def best_chunk(
-    question: Question, cost: StepCost, engine: EngineProfile, pool: int, load: Load
-) -> tuple[int, float] | None:
-    """The chunk size with the highest usable rate, and the prefix hit rate reached there.
+def best_chunk(question: Question, instance: Instance, load: Load) -> Instance | None:
+    """The instance with the chunk size of the highest usable rate, or None if none is usable.
 
-    A larger chunk computes prompts more cheaply and holds decodes up for longer. Going up,
-    the usable rate rises until a full chunk breaks the ITL promise; the walk stops there.
+    A larger chunk computes prompts more cheaply and holds decodes up for longer. The climb
+    starts at the largest chunk whose step fits the ITL promise, and follows the rate.
     """
-    best: tuple[float, int, float] | None = None
-    for chunk in CHUNKS:
-        if chunk > engine.batch_tokens:
-            continue
-        instance = Instance(
-            cost=cost, engine=engine, kv_tokens=pool, sequences_max=SEQUENCES, chunk_tokens=chunk
-        )
-        point, hit_rate = with_hits(question, instance, load)
-        if point is None:
-            continue
-        if best is not None and point.rate_rps <= best[0]:
-            break
-        best = (point.rate_rps, chunk, hit_rate)
-    return None if best is None else best[1:]
+    tried: dict[int, float] = {}
+
+    def usable(index: int) -> float:
+        if index not in tried:
+            sized = replace(instance, chunk_tokens=CHUNKS[index])
+            point = usable_rate(sized, load.demand, question.levels)
+            tried[index] = point.rate_rps if point is not None else 0.0
+        return tried[index]
+
+    index = _first_chunk(question, instance)
+    for direction in (-1, 1):
+        while 0 <= index + direction < len(CHUNKS) and usable(index + direction) > usable(index):
+            index += direction
+    if usable(index) == 0.0:
+        return None
+    return replace(instance, chunk_tokens=CHUNKS[index])
 
 
-def with_hits(
-    question: Question, instance: Instance, load: Load
-) -> tuple[OperatingPoint | None, float]:
-    """The usable point with the prefix hits that the fleet's spare KV blocks give.
+def _first_chunk(question: Question, instance: Instance) -> int:
+    limits = [lv.limit_s("itl") or math.inf for lv in question.levels]
+    fits = [
+        i
+        for i, chunk in enumerate(CHUNKS)
+        if chunk <= instance.engine.batch_tokens
+        and instance.cost.step_s(1, 1.0, chunk, chunk * chunk / 2) < min(limits)
+    ]
+    return fits[-1] if fits else 0
 
-    Hits need blocks that no running sequence holds, over all instances that the load needs;
-    both depend on the hits, so: once without, then with what that fleet would spare.
+
+def hits(question: Question, instance: Instance, load: Load) -> float:
+    """Prompt tokens found in the spare KV blocks of the fleet that the load then needs.
+
+    Hits need blocks that no running sequence holds, over all instances; fewer instances are
+    needed with hits, and hold fewer blocks, so it is settled in two rounds.
     """
-    point = usable_rate(instance, load.demand, question.levels)
     if load.hit_rate is None:
-        return point, 0.0
+        return 0.0
     hit_rate = 0.0
     for _ in range(2):
-        if point is None:
-            spare = instance.kv_tokens * 0.25
-        else:
-            instances = math.ceil(load.rate_rps * question.safety / point.rate_rps)
-            spare = instances * instance.kv_tokens * max(1 - point.kv_share, 0.2)
-        hit_rate = load.hit_rate(spare)
         point = usable_rate(instance, replace(load.demand, hit_rate=hit_rate), question.levels)
-    return point, hit_rate
-
-
-def _candidate(
-    question: Question,
-    cost: StepCost,
-    memory: MemoryUse,
-    engine: EngineProfile,
-    pool: int,
-    chunk: int,
-    hit_rate: float,
-    load: Load,
-) -> Candidate | Rejected:
-    evidence = cost.rates.evidence
-    demand = replace(load.demand, hit_rate=hit_rate)
-    edges = {}
-    for name, slowdown in (
-        ("pessimistic", evidence.high),
-        ("expected", 1.0),
-        ("optimistic", evidence.low),
-    ):
-        instance = Instance(
-            cost=cost.scaled(slowdown),
-            engine=engine,
-            kv_tokens=pool,
-            sequences_max=SEQUENCES,
-            chunk_tokens=chunk,
-        )
-        edges[name] = edge(question, instance, demand, load, name=name, slowdown=slowdown)
-    return Candidate(
-        gpu=cost.gpu,
-        layout=cost.layout,
-        memory=memory,
-        instance=replace(instance, cost=cost),
-        demand=demand,
-        kv_tokens=pool,
-        dram_tokens=0,
-        dram_bytes_per_instance=0,
-        hit_rate=hit_rate,
-        evidence=evidence,
-        needs_quality_test=quality_gate(question, cost.layout),
-        **edges,
-    )
+        if point is None:
+            return 0.0
+        instances = math.ceil(load.rate_rps * question.safety / point.rate_rps)
+        hit_rate = load.hit_rate(instances * instance.kv_tokens * max(1 - point.kv_share, 0.0))
+    return hit_rate
 
 
 def edge(
@@ -323,10 +372,11 @@ def edge(
     *,
     name: str,
     slowdown: float,
-) -> Edge:
+) -> Edge | None:
     """What the fleet needs when every step takes `slowdown` times the law's time."""
     usable = usable_rate(instance, demand, question.levels)
-    assert usable is not None, "a candidate that was feasible at the pessimistic edge"
+    if usable is None:
+        return None
     gpu = instance.cost.gpu
     instances = math.ceil(load.rate_rps * question.safety / usable.rate_rps)
     gpus = instances * instance.cost.layout.gpus
@@ -382,18 +432,13 @@ def price_bound(cost: StepCost, load: Load) -> float:
     return gpus * price * HOURS_PER_YEAR
 
 
-def why_infeasible(
-    question: Question, cost: StepCost, engine: EngineProfile, pool: int, load: Load
-) -> str:
+def why_infeasible(question: Question, instance: Instance, load: Load) -> str:
     """Which promise one lone request already breaks, and by how much."""
-    instance = Instance(
-        cost=cost, engine=engine, kv_tokens=pool, sequences_max=SEQUENCES, chunk_tokens=CHUNKS[-1]
-    )
     worst = ""
     for chunk in reversed(CHUNKS):
         lone = operating_point(replace(instance, chunk_tokens=chunk), load.demand, 1e-3)
         if lone is None:
-            return f"the KV pool of {pool:,} tokens holds no typical request"
+            return f"the KV pool of {instance.kv_tokens:,.0f} tokens holds no typical request"
         broken = [
             f"{t.metric} p{t.percentile:g} is {format_seconds(latency_s)} idle, "
             f"over {format_seconds(t.limit_s)}"

@@ -103,7 +103,7 @@ def sensitivities(view: View) -> tuple[Sensitivity, ...]:
         dearer = {best.gpu.name: price * 1.25}
         rows.append(_again(view, f"price of {best.gpu.name}", "+25 %", prices=dearer))
     rivals = [c for c in best_per_gpu(view.found).values() if c.gpu.name != best.gpu.name]
-    rival = next((c for c in rivals if not c.needs_quality_test), None)
+    rival = next(iter(rivals), None)
     if rival is not None and rival.gpu.price.typical_usd is not None:
         cheaper = {rival.gpu.name: rival.gpu.price.typical_usd * 0.75}
         rows.append(_again(view, f"price of {rival.gpu.name}", "-25 %", prices=cheaper))
@@ -165,11 +165,7 @@ def _again(
 
 def contenders(view: View) -> list[Candidate]:
     """The winner and the best candidate of the next accelerators: who could win a variation."""
-    others = [
-        c
-        for c in best_per_gpu(view.found).values()
-        if c.gpu.name != view.best.gpu.name and not c.needs_quality_test
-    ]
+    others = [c for c in best_per_gpu(view.found).values() if c.gpu.name != view.best.gpu.name]
     return [view.best, *others[: CONTENDERS - 1]]
 
 

@@ -138,10 +138,11 @@ def select_hardware(view: View) -> Finding:
 
 
 def best_per_gpu(found: Search) -> dict[str, Candidate]:
-    """The cheapest candidate of every accelerator, cheapest first."""
+    """The cheapest candidate of every accelerator that needs no quality test, cheapest first."""
     best: dict[str, Candidate] = {}
     for candidate in found.candidates:
-        best.setdefault(candidate.gpu.name, candidate)
+        if not candidate.needs_quality_test:
+            best.setdefault(candidate.gpu.name, candidate)
     return best
 
 
