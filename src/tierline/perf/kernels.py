@@ -351,7 +351,8 @@ def _datasheet_laws(gpu: GpuSpec) -> dict[str, Law]:
             continue
         peak = math_flops_per_s(gpu, form)
         for op in ("gemm", "moe"):
-            laws[f"{op}/{fmt}"] = _datasheet(gpu, generic[op], peak, gpu.memory_bytes_per_s)
+            known = generic.get(f"{op}/{form.math}", generic[f"{op}/bf16"])
+            laws[f"{op}/{fmt}"] = _datasheet(gpu, known, peak, gpu.memory_bytes_per_s)
     for fmt in KV_FORMATS:
         for op in ("decode", "prefill"):
             peak = gpu.flops_per_s["bf16"]
