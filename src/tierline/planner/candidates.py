@@ -89,10 +89,11 @@ def search(question: Question, load: Load, *, progress: bool = False) -> Search:
     cheapest = math.inf
     per_gpu: Counter[str] = Counter()
     for bound, gpu_name, name, cost in with_progress(shapes, what="configurations", show=progress):
-        if bound > cheapest * PRUNE_RATIO and per_gpu[gpu_name] >= PER_GPU_MIN:
-            why = f"at full load without queueing it costs over {PRUNE_RATIO:g} x the best found"
-            rejected.append(Rejected(what=f"{gpu_name} {name}", why=why))
-            continue
+        if per_gpu[gpu_name] >= PER_GPU_MIN:
+            why = outpriced(question, cost, load, bound=bound, limit_usd=cheapest * PRUNE_RATIO)
+            if why is not None:
+                rejected.append(Rejected(what=f"{gpu_name} {name}", why=why))
+                continue
         outcome = screen(question, cost, load)
         if isinstance(outcome, Rejected):
             rejected.append(outcome)
@@ -107,6 +108,31 @@ def search(question: Question, load: Load, *, progress: bool = False) -> Search:
         rejected=tuple(rejected),
         considered=considered,
     )
+
+
+def outpriced(
+    question: Question, cost: StepCost, load: Load, *, bound: float, limit_usd: float
+) -> str | None:
+    """Why no fleet of this layout costs under `limit_usd` a year; None when one might.
+
+    First without queueing; then by asking for the rate that an instance would have to carry.
+    """
+    price = cost.gpu.price.typical_usd
+    if bound > limit_usd:
+        return f"at full load without queueing it costs over {format_usd(limit_usd)} a year"
+    if price is None or limit_usd == math.inf:
+        return None
+    per_instance = cost.layout.gpus * price * HOURS_PER_YEAR
+    rate_rps = load.rate_rps * question.safety / max(math.floor(limit_usd / per_instance), 1)
+    instance = slow_instance(question, cost, load)
+    ideal = load.hit_rate(math.inf) if load.hit_rate else 0.0
+    demand = replace(load.demand, hit_rate=ideal)
+    first = _first_chunk(question, instance)
+    for chunk in CHUNKS[max(first - 1, 0) : first + 2]:
+        point = operating_point(replace(instance, chunk_tokens=chunk), demand, rate_rps)
+        if point is not None and point.meets(question.levels):
+            return None
+    return f"one instance cannot carry the {rate_rps:.3g} requests/s that the best price asks for"
 
 
 def shortlist(question: Question, kept: list[Screened], rejected: list[Rejected]) -> list[Screened]:
@@ -258,24 +284,30 @@ def screen(question: Question, cost: StepCost, load: Load) -> Screened | Rejecte
             why=f"the KV pool of {pool:,} tokens cannot hold one request of "
             f"{load.longest_tokens:,} tokens",
         )
-    slowdown = cost.rates.evidence.high
-    instance = Instance(
-        cost=cost.scaled(slowdown),
-        engine=load_engine(question.engine),
-        kv_tokens=pool,
-        sequences_max=SEQUENCES,
-        chunk_tokens=CHUNKS[0],
-    )
+    instance = slow_instance(question, cost, load)
     tuned = best_chunk(question, instance, load)
     if tuned is None:
         return Rejected(what=name, why=why_infeasible(question, instance, load))
     hit_rate = hits(question, tuned, load)
     demand = replace(load.demand, hit_rate=hit_rate)
-    pessimistic = edge(question, tuned, demand, load, name="pessimistic", slowdown=slowdown)
+    pessimistic = edge(
+        question, tuned, demand, load, name="pessimistic", slowdown=cost.rates.evidence.high
+    )
     if pessimistic is None:
         return Rejected(what=name, why="prefix hits leave too few KV blocks for the rest")
     return Screened(
         cost=cost, memory=memory, instance=tuned, demand=demand, pessimistic=pessimistic
+    )
+
+
+def slow_instance(question: Question, cost: StepCost, load: Load) -> Instance:
+    """One instance at the pessimistic edge of its evidence, with the smallest chunk."""
+    return Instance(
+        cost=cost.scaled(cost.rates.evidence.high),
+        engine=load_engine(question.engine),
+        kv_tokens=kv_pool_tokens(cost, memory_use(cost), load),
+        sequences_max=SEQUENCES,
+        chunk_tokens=CHUNKS[0],
     )
 
 
