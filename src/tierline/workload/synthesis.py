@@ -8,9 +8,10 @@ reuse curve of the result follows the profile's, see `_Chains`.
 
 import math
 from array import array
+from bisect import bisect_left
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal, get_args
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from tierline.base.errors import InputError
 from tierline.base.names import lookup
@@ -30,6 +31,8 @@ if TYPE_CHECKING:
 
 Process = Literal["poisson", "gamma", "bursts", "day"]
 _CHUNK = 10_000
+_TRIES = 4  # ranges of distance, most lagging first
+_NEAR = 32  # requests either way among which a chain to continue is looked for
 
 
 def write_synthetic(
@@ -75,7 +78,7 @@ def _requests(
     lengths = _lengths(profile, seed)
     labels = stream(seed, "labels")
     tenants = _zipf_shares(profile.tenants or 0, profile.tenant_zipf or 0.0)
-    priorities, shares = list(profile.priorities), list(profile.priorities.values())
+    priorities, shares = list(profile.priorities), np.cumsum(list(profile.priorities.values()))
     chains = _Chains(profile.reuse) if profile.reuse else None
     turns = _Turns(profile.sessions, arrivals, seed) if profile.sessions and not chains else None
     for _ in range(requests):
@@ -86,17 +89,15 @@ def _requests(
             session, blocks = chains.next(input_tokens)
         elif turns is not None:
             session = turns.next()
-        tenant = labels.random()
+        tenant, priority = labels.random(2).tolist()
         yield Request(
             arrival_ns=next(times),
             input_tokens=input_tokens,
             output_tokens=output_tokens,
             prefix_blocks=blocks,
             session=f"s{session}" if chains or turns else "",
-            tenant=f"t{int(np.searchsorted(tenants, tenant)) + 1}" if len(tenants) else "",
-            priority=int(labels.choice(priorities, p=shares))
-            if len(priorities) > 1
-            else priorities[0],
+            tenant=f"t{int(np.searchsorted(tenants[:-1], tenant)) + 1}" if len(tenants) else "",
+            priority=priorities[int(np.searchsorted(shares[:-1], priority))],
         )
 
 
@@ -105,8 +106,6 @@ def _requests(
 
 def _lengths(profile: Profile, seed: int) -> Iterator[tuple[int, int]]:
     """Pairs of lengths: the profile's quantiles at the ranks of a correlated normal pair."""
-    import numpy as np
-
     rng = stream(seed, "lengths")
     # Spearman's rank correlation of a normal pair with Pearson's r is 6/pi asin(r/2).
     r = 2 * math.sin(math.pi / 6 * profile.length_correlation)
@@ -118,7 +117,6 @@ def _lengths(profile: Profile, seed: int) -> Iterator[tuple[int, int]]:
             _at_ranks(profile.output, _normal_rank(y)).tolist(),
             strict=True,
         )
-    assert np  # the generator above never ends
 
 
 def _normal_rank(z: "Floats") -> "Floats":
@@ -156,13 +154,14 @@ def _times(arrivals: Arrivals, process: Process, seed: int) -> Iterator[int]:
         yield from np.round(seconds * 1e9).astype(np.int64).tolist()
 
 
-def _rate_steps(arrivals: Arrivals, process: Process) -> tuple["Floats", "Floats"]:
+def _rate_steps(arrivals: Arrivals, process: Process) -> tuple["npt.NDArray[Any]", "Floats"]:
     """Edges in s, and the rate between them; the pattern repeats after the last edge."""
     import numpy as np
 
     if process == "day":
         assert arrivals.day_shape is not None
-        return np.arange(25) * 3600.0, np.array(arrivals.day_shape) * arrivals.rate_rps
+        weights = np.array(arrivals.day_shape, dtype=np.float64)
+        return np.arange(25) * 3600.0, weights * arrivals.rate_rps
     if process != "bursts" or not arrivals.bursts:
         return np.array([0.0, arrivals.span_s]), np.array([arrivals.rate_rps])
     edges, factors = [0.0], []
@@ -176,7 +175,7 @@ def _rate_steps(arrivals: Arrivals, process: Process) -> tuple["Floats", "Floats
     # Between bursts runs whatever brings the whole to the profile's rate.
     rest = max(0.0, edges[-1] - float((lengths * heights).sum()))
     heights[quiet] = rest / max(float(lengths[quiet].sum()), 1e-9)
-    return np.array(edges), heights * arrivals.rate_rps
+    return np.array(edges), np.asarray(heights * arrivals.rate_rps, dtype=np.float64)
 
 
 # --- who ------------------------------------------------------------------------------------
@@ -216,9 +215,7 @@ class _Chains:
 
     The curve says which share of block accesses must be found at each range of LRU distance.
     Each request serves the range that lags most: it continues the chain last touched at about
-    that distance, with as many leading blocks as are lacking there, and adds new blocks. Where
-    nothing lags it starts a new chain. No chance is involved beyond the lengths, so the curve
-    is met to the grain of a request.
+    that distance, and adds new blocks. @@
 
     A Fenwick tree over requests holds how many blocks each was the last to touch; the sum over
     later requests is the distance of what a request holds.
@@ -243,10 +240,11 @@ class _Chains:
         count = math.ceil(input_tokens / self._block_tokens)
         self._accesses += count
         lag = [s * self._accesses - done for s, done in zip(self._share, self._served, strict=True)]
-        range_ = max(range(len(lag)), key=lag.__getitem__)
-        reused: tuple[int, ...] = ()
-        if lag[range_] >= 1:
-            reused = self._continue(range_, min(count, int(lag[range_])))
+        # A range that begins beyond all that was touched cannot be served yet.
+        within = range(max(1, bisect_left(self._upper, self._touched_total)))
+        ranges = sorted(within, key=lag.__getitem__, reverse=True)
+        tries = (self._continue(r, count, lag[r]) for r in ranges[:_TRIES])
+        reused = next(filter(None, tries), ())
         if not reused:
             self._session.append(self._sessions)
             self._sessions += 1
@@ -257,29 +255,29 @@ class _Chains:
         self._add(len(self._chains) - 1, count)
         return self._session[-1], blocks
 
-    def _continue(self, range_: int, wanted: int) -> tuple[int, ...]:
-        """Up to `wanted` leading blocks of the chain nearest to the middle of the range."""
+    def _continue(self, range_: int, count: int, lag: float) -> tuple[int, ...]:
+        """Up to `count` leading blocks of a chain near the middle of the range.
+
+        Nothing when the range lags by less than half of that: parts of chains are not taken,
+        since what remains of a chain is lost to later requests.
+        """
         low = self._upper[range_ - 1] if range_ else 0
-        middle = (low + self._upper[range_]) // 2 - wanted // 2
-        if middle > self._touched_total:
+        middle = (low + self._upper[range_] - count) // 2
+        at = self._nearest(self._request_at(max(middle, 0)), count)
+        if at is None or lag < min(count, len(self._chains[at])) / 2:
             return ()
-        at = self._nearest(self._request_at(max(middle, 0)))
-        if at is None:
-            return ()
-        reused = self._chains[at][:wanted]
+        reused = self._chains[at][:count]
         self._served[range_] += len(reused)
         self._add(at, -len(reused))
         self._chains[at] = ()
         self._session.append(self._session[at])
         return reused
 
-    def _nearest(self, request: int) -> int | None:
-        """The request nearest to this one whose chain can be continued."""
-        for step in range(256):
-            for at in (request - step, request + step):
-                if 0 <= at < len(self._chains) and self._chains[at]:
-                    return at
-        return None
+    def _nearest(self, request: int, count: int) -> int | None:
+        """The request near this one whose chain fits best: a long one is kept for a long prompt."""
+        near = range(max(0, request - _NEAR), min(len(self._chains), request + _NEAR))
+        held = [at for at in near if self._chains[at]]
+        return min(held, key=lambda at: abs(len(self._chains[at]) - count), default=None)
 
     def _request_at(self, distance: int) -> int:
         """The latest request with at least `distance` blocks touched after it."""
