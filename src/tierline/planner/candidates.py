@@ -21,6 +21,7 @@ from tierline.catalog.formats import KV_FORMATS, WEIGHT_FORMATS, Format
 from tierline.catalog.gpu import GpuSpec
 from tierline.catalog.gpus import supports, supports_kv
 from tierline.catalog.model import ModelSpec
+from tierline.perf.cost import instances_needed, usd_per_million_tokens, usd_per_year
 from tierline.perf.memory import computed_activation_bytes, overhead_bytes
 from tierline.perf.step import Layout, StepCost, load_engine
 from tierline.planner.finding import Candidate, Edge, MemoryUse, Question, Rejected
@@ -32,6 +33,8 @@ SEQUENCES = 1024
 PRUNE_RATIO = 1.5
 PER_GPU_MIN = 3
 SHOWN = 40
+DRAM_TRIED = 8
+DRAM_HITS_MIN = 0.01  # of prompt tokens; fewer are not worth a tier
 PCIE_TP_MAX = 4  # all-reduce takes over 38 % of a step at 8 ranks on PCIe
 NODES_MAX = 4
 DRAM_SHARE = 0.8  # of host memory that a KV tier may take; the rest is the host's
@@ -103,10 +106,60 @@ def search(question: Question, load: Load, *, progress: bool = False) -> Search:
         if not quality_gate(question, cost.layout):
             cheapest = min(cheapest, outcome.pessimistic.usd_per_year or math.inf)
     candidates = [complete(question, s, load) for s in shortlist(question, kept, rejected)]
+    candidates += with_dram(question, candidates, load)
     return Search(
         candidates=tuple(sorted(candidates, key=rank)),
         rejected=tuple(rejected),
         considered=considered,
+    )
+
+
+def with_dram(question: Question, candidates: list[Candidate], load: Load) -> list[Candidate]:
+    """The best few again with host DRAM under the device, where a larger cache finds more.
+
+    Only those that get cheaper or faster stay. DRAM is part of the node and costs nothing
+    more; a hit there is loaded over the host link before the prompt starts.
+    """
+    if load.hit_rate is None:
+        return []
+    better = []
+    usable = [c for c in sorted(candidates, key=rank) if not c.needs_quality_test]
+    for candidate in usable[:DRAM_TRIED]:
+        tiered = _dram_variant(question, candidate, load)
+        if tiered is not None and edge_rank(tiered.pessimistic) < edge_rank(candidate.pessimistic):
+            better.append(tiered)
+    return better
+
+
+def _dram_variant(question: Question, candidate: Candidate, load: Load) -> Candidate | None:
+    assert load.hit_rate is not None
+    cost, instances = candidate.instance.cost, candidate.pessimistic.instances
+    host = cost.gpu.host
+    share = candidate.layout.gpus / host.shared_by_gpus
+    per_instance = round(host.capacity_bytes * share * DRAM_SHARE)
+    typical = max(round(load.demand.context_mean), 1)
+    token_bytes = cost.kv_bytes_per_gpu(typical) * candidate.layout.gpus / typical
+    dram_tokens = int(per_instance / token_bytes) * instances
+    device = instances * candidate.kv_tokens * (1 - candidate.pessimistic.point.kv_share)
+    hit_rate = load.hit_rate(device + dram_tokens)
+    below = hit_rate - load.hit_rate(device)
+    if below < DRAM_HITS_MIN:
+        return None
+    link = host.read_bytes_per_s * candidate.layout.gpus
+    demand = replace(load.demand, hit_rate=hit_rate, reload_s_per_token=below * token_bytes / link)
+    slow = replace(candidate.instance, cost=cost.scaled(candidate.evidence.high))
+    pessimistic = edge(
+        question, slow, demand, load, name="pessimistic", slowdown=candidate.evidence.high
+    )
+    if pessimistic is None:
+        return None
+    screened = Screened(
+        cost=cost, memory=candidate.memory, instance=slow, demand=demand, pessimistic=pessimistic
+    )
+    return replace(
+        complete(question, screened, load),
+        dram_tokens=int(per_instance / token_bytes) * pessimistic.instances,
+        dram_bytes_per_instance=per_instance,
     )
 
 
@@ -391,7 +444,9 @@ def hits(question: Question, instance: Instance, load: Load) -> float:
         point = usable_rate(instance, replace(load.demand, hit_rate=hit_rate), question.levels)
         if point is None:
             return 0.0
-        instances = math.ceil(load.rate_rps * question.safety / point.rate_rps)
+        instances = instances_needed(
+            load.rate_rps, usable_rps=point.rate_rps, safety=question.safety
+        )
         hit_rate = load.hit_rate(instances * instance.kv_tokens * max(1 - point.kv_share, 0.0))
     return hit_rate
 
@@ -410,12 +465,12 @@ def edge(
     if usable is None:
         return None
     gpu = instance.cost.gpu
-    instances = math.ceil(load.rate_rps * question.safety / usable.rate_rps)
+    instances = instances_needed(load.rate_rps, usable_rps=usable.rate_rps, safety=question.safety)
     gpus = instances * instance.cost.layout.gpus
     point = operating_point(instance, demand, load.rate_rps / instances)
     price = gpu.price.typical_usd
     hourly = gpus * price if price is not None else None
-    tokens_per_hour = load.mean_rps * (demand.input_mean + demand.output_mean) * 3600
+    tokens_per_s = load.mean_rps * (demand.input_mean + demand.output_mean)
     return Edge(
         name=name,
         slowdown=slowdown,
@@ -423,8 +478,12 @@ def edge(
         instances=instances,
         gpus=gpus,
         usd_per_hour=hourly,
-        usd_per_year=hourly * HOURS_PER_YEAR if hourly is not None else None,
-        usd_per_million_tokens=hourly / tokens_per_hour * 1e6 if hourly is not None else None,
+        usd_per_year=usd_per_year(gpus, usd_per_gpu_hour=price) if price is not None else None,
+        usd_per_million_tokens=usd_per_million_tokens(
+            hourly, capacity_tokens_per_s=tokens_per_s, utilization=1.0
+        )
+        if hourly is not None
+        else None,
         point=point or usable,
     )
 

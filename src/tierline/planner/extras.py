@@ -9,8 +9,10 @@ from typing import Any
 
 from tierline.base.units import HOURS_PER_YEAR
 from tierline.catalog.gpus import with_price
+from tierline.perf.cost import api_usd_per_request, break_even_rps, kwh_per_million_tokens
 from tierline.perf.evidence import Evidence, Value, weakest
 from tierline.perf.step import StepCost
+from tierline.perf.transfer import cold_start
 from tierline.planner.candidates import Load, evaluate, rank
 from tierline.planner.finding import Candidate, LoadPoint, Sensitivity
 from tierline.planner.load import OperatingPoint, operating_point, saturated_rate
@@ -240,21 +242,24 @@ def facts(view: View) -> dict[str, Value]:
         evidence = Evidence(kind="datasheet", source=source, low=0.5, high=1.0)
         kw = edge.gpus * watts / 1e3
         numbers["power"] = Value(amount=kw, unit="kW", evidence=evidence)
-        per_million = kw / 3600 / tokens_per_s * 1e6
+        per_million = kwh_per_million_tokens(kw * 1e3, tokens_per_s=tokens_per_s)
         numbers["energy_per_million_tokens"] = Value(
             amount=per_million, unit="kWh per million tokens", evidence=evidence
         )
     weights = best.memory.weights_bytes * best.layout.gpus
-    transfer_s = best.memory.weights_bytes * best.gpu.nvme.shared_by_gpus
-    transfer_s /= best.gpu.nvme.read_bytes_per_s
+    # Instances of a node start together and share its drives.
+    nvme = best.gpu.nvme
+    start = cold_start(
+        best.memory.weights_bytes * nvme.shared_by_gpus,
+        bytes_per_s=nvme.read_bytes_per_s,
+        init_s=CONTAINER_START_S + ENGINE_INIT_S,
+    )
     numbers["weights"] = Value(
         amount=weights / 1e9,
         unit="GB per instance",
         evidence=Evidence(kind="exact", source="shapes and format"),
     )
-    numbers["cold_start"] = Value(
-        amount=CONTAINER_START_S + ENGINE_INIT_S + transfer_s, unit="s", evidence=COLD_START
-    )
+    numbers["cold_start"] = Value(amount=start.total_s, unit="s", evidence=COLD_START)
     numbers |= _break_even(view, weakest(best.evidence, COLD_START))
     return numbers
 
@@ -262,18 +267,24 @@ def facts(view: View) -> dict[str, Value]:
 def _break_even(view: View, evidence: Evidence) -> dict[str, Value]:
     """The rate at which the fleet costs what a hosted API would charge for the same tokens."""
     prices, edge = view.question.api_usd_per_million, view.best.pessimistic
-    if prices is None or edge.usd_per_year is None:
+    if prices is None or edge.usd_per_hour is None:
         return {}
     demand = view.load.demand
-    per_request = (demand.input_mean * prices[0] + demand.output_mean * prices[1]) / 1e6
-    seconds = HOURS_PER_YEAR * 3600
+    per_request = api_usd_per_request(
+        input_tokens=demand.input_mean,
+        output_tokens=demand.output_mean,
+        usd_per_million_in=prices[0],
+        usd_per_million_out=prices[1],
+    )
     assumed = replace(evidence, kind="assumed", source="hosted token prices given by the user")
     return {
         "api_usd_per_year": Value(
-            amount=per_request * view.load.mean_rps * seconds, unit="$ a year", evidence=assumed
+            amount=per_request * view.load.mean_rps * HOURS_PER_YEAR * 3600,
+            unit="$ a year",
+            evidence=assumed,
         ),
         "break_even_rps": Value(
-            amount=edge.usd_per_year / seconds / per_request,
+            amount=break_even_rps(edge.usd_per_hour, api_usd_per_request_=per_request),
             unit="requests/s on average",
             evidence=assumed,
         ),

@@ -35,6 +35,7 @@ class Demand:
     input_tokens: tuple[float, ...]
     output_tokens: tuple[float, ...]
     hit_rate: float = 0.0  # share of prompt tokens whose KV is already cached
+    reload_s_per_token: float = 0.0  # of prompt, to load what is cached below the device
     arrival_cv2: float = 1.0  # squared coefficient of variation of the gaps; Poisson: 1
 
     @property
@@ -75,6 +76,7 @@ class OperatingPoint:
     decode_step_s: float
     mixed_step_s: float
     mixed_share: float  # of the steps that carry prompt tokens
+    mixed_tokens: float  # prompt tokens that such a step carries on average
     busy: float  # share of time with prompt work
     wait_mean_s: float
     prompts_s: tuple[float, ...]  # own prefill time of each equally likely prompt
@@ -192,6 +194,7 @@ class _Mix:
     decode_s: float
     mixed_s: float
     mixed_share: float
+    mixed_tokens: float
     busy: float
     work_mean_s: float
     work_cv2: float
@@ -214,10 +217,11 @@ def _mix(instance: Instance, demand: Demand, rate_rps: float, running: float) ->
         chunks = max(math.ceil(fresh / chunk), 1)
         pairs = fresh * (tokens - fresh / 2) / chunks
         one_s = step_s(beside, cached, math.ceil(fresh / chunks), pairs)
-        own_s.append(chunks * (one_s + apart_s) - apart_s)
+        compute_s = chunks * (one_s + apart_s) - apart_s
+        own_s.append(compute_s + tokens * demand.reload_s_per_token)  # loads do not hold up steps
         # Short prompts share a step, so their work is a share of a full one.
         full_s = step_s(beside, cached, chunk, pairs) if chunks == 1 else one_s
-        work_s.append(min(own_s[-1], full_s * fresh / chunk if chunks == 1 else own_s[-1]))
+        work_s.append(min(compute_s, full_s * fresh / chunk) if chunks == 1 else compute_s)
     work_mean_s = _mean(work_s)
     if rate_rps * work_mean_s >= 1:
         return None
@@ -237,6 +241,7 @@ def _mix(instance: Instance, demand: Demand, rate_rps: float, running: float) ->
         decode_s=decode_s,
         mixed_s=mixed_s,
         mixed_share=busy / mixed_s / steps_per_s,
+        mixed_tokens=tokens_in_step,
         busy=busy,
         work_mean_s=work_mean_s,
         work_cv2=max(squares / work_mean_s**2 - 1, 0.0),
@@ -265,6 +270,7 @@ def _point(
         decode_step_s=mix.decode_s,
         mixed_step_s=mix.mixed_s,
         mixed_share=mix.mixed_share,
+        mixed_tokens=mix.mixed_tokens,
         busy=mix.busy,
         wait_mean_s=wait_s,
         prompts_s=mix.prompts_s,

@@ -17,7 +17,11 @@ from tierline.base.units import (
     significant,
 )
 from tierline.catalog.formats import KV_FORMATS, WEIGHT_FORMATS, weight_format
+from tierline.perf.cost import instances_guide_mode, usd_per_million_tokens
 from tierline.perf.evidence import EXACT, Evidence, Value
+from tierline.perf.limits import input_cap_tokens, shed_depth
+from tierline.perf.memory import activation_bytes, kv_bytes_per_token, weight_bytes
+from tierline.perf.speculation import batch_crossover
 from tierline.perf.step import collective_s
 from tierline.planner.candidates import Load, Search
 from tierline.planner.finding import Candidate, Finding, Question, Rejected
@@ -25,7 +29,6 @@ from tierline.planner.load import saturated_rate, usable_rate
 from tierline.workload.profile import Lengths, Profile, phase_balance
 
 LARGE_FLEET_GPUS = 8  # below it, a second model tier is not worth its operation
-ACTIVATION_RULE = 0.20  # of the native weights
 TTFT_DRIFT_MAX = 1.30
 UTILIZATION_DROP_POINTS = 20
 TRACE = Evidence(kind="measured", source="the trace")
@@ -189,12 +192,12 @@ def find_memory_floor(view: View) -> Finding:
     """Step 4: what must fit, at native precision, before anything is optimised."""
     model, best, load = view.question.model, view.best, view.load
     native = weight_format(model.native_format)
-    weights = model.params * native.bytes_per_element
+    weights = weight_bytes(model, native)
     running = best.expected.point.running * best.expected.instances
     context = round(load.demand.context_mean)
     per_instance = best.expected.point.running
     kv = per_instance * model.kv_elements(context) * KV_FORMATS["bf16"].bytes_per_element
-    rule_activations = ACTIVATION_RULE * model.params * 2
+    rule_activations = activation_bytes(model)
     activations = best.memory.activations_bytes * best.layout.gpus
     overhead = best.memory.overhead_bytes * best.layout.gpus
     total = weights + kv + activations + overhead
@@ -207,7 +210,7 @@ def find_memory_floor(view: View) -> Finding:
         inputs={
             "weights": f"{model.params / 1e9:,.2f} B params x {native.bits:g} bit",
             "KV": f"{significant(per_instance)} running x {context:,} tokens x "
-            f"{_kv_bytes_per_token(view, 'bf16'):,.0f} B",
+            f"{kv_bytes_per_token(model, KV_FORMATS['bf16']):,.0f} B",
             "activations": f"{format_bytes(activations)} computed",
             "overhead": f"{format_bytes(overhead)} ({best.layout.gpus} GPUs)",
             "running in the whole fleet": significant(running),
@@ -241,7 +244,7 @@ def choose_precision(view: View) -> Finding:
         step=5,
         title="Precision",
         answer=f"{weights.name} weights and {kv.name} KV: {format_bytes(used)} of weights, "
-        f"{_kv_bytes_per_token(view, best.layout.kv):,.0f} B a cached token.",
+        f"{kv_bytes_per_token(model, kv):,.0f} B a cached token.",
         inputs={
             "native format": model.native_format,
             "quality limit": view.question.quality,
@@ -408,13 +411,14 @@ def choose_batching(view: View) -> Finding:
 
 
 def _speculation_note(view: View) -> str:
-    cost, running = view.best.instance.cost, view.best.expected.point.running
-    gpu = view.best.gpu
-    crossover = gpu.ridge_bf16 / 6  # five drafts and the bonus token share one read of the weights
+    gpu, running = view.best.gpu, view.best.expected.point.running
+    crossover = batch_crossover(
+        5, flops_per_s=gpu.flops_per_s["bf16"], bytes_per_s=gpu.memory_bytes_per_s
+    )
     verdict = "would help" if running < crossover / 2 else "is left off"
     return (
         f"speculation {verdict}: {significant(running)} sequences decode at once and five drafts "
-        f"turn compute-bound at about {crossover:.0f} on {cost.gpu.name}; needs measured acceptance"
+        f"turn compute-bound at about {crossover} on {gpu.name}; needs measured acceptance"
     )
 
 
@@ -469,7 +473,7 @@ def size_fleet(view: View) -> Finding:
     low = best.pessimistic
     safety = view.question.safety
     exact = load.rate_rps * safety / low.usable_rps
-    guide = math.ceil(math.ceil(load.rate_rps / low.usable_rps) * safety)
+    guide = instances_guide_mode(load.rate_rps, usable_rps=low.usable_rps, safety=safety)
     return Finding(
         step=11,
         title="Fleet",
@@ -508,7 +512,7 @@ def price_fleet(view: View) -> Finding:
     best, load = view.best, view.load
     edge = best.pessimistic
     per_hour = edge.usd_per_hour
-    capacity = edge.instances * edge.usable_rps * view.tokens_per_request * 3600
+    capacity = edge.instances * edge.usable_rps * view.tokens_per_request
     used = load.mean_rps / (edge.instances * edge.usable_rps)
     if per_hour is None:
         return Finding(
@@ -524,23 +528,26 @@ def price_fleet(view: View) -> Finding:
                 evidence=Evidence(kind="unknown", source="no price"),
             ),
         )
+    average, full = (
+        usd_per_million_tokens(per_hour, capacity_tokens_per_s=capacity, utilization=u)
+        for u in (used, 1.0)
+    )
     return Finding(
         step=12,
         title="Cost",
-        answer=f"{format_usd(per_hour * HOURS_PER_YEAR)} a year; "
-        f"{format_usd(edge.usd_per_million_tokens or 0)} per million tokens at the average load, "
-        f"{format_usd(per_hour / capacity * 1e6)} if every instance were always full.",
+        answer=f"{format_usd(per_hour * HOURS_PER_YEAR)} a year; {format_usd(average)} per million "
+        f"tokens at the average load, {format_usd(full)} if every instance were always full.",
         inputs={
             "GPUs": str(edge.gpus),
             "price": _price(best),
-            "capacity": f"{significant(capacity / 1e6)} M tokens/h",
+            "capacity": f"{capacity:,.0f} tokens/s",
             "average utilization": f"{used:.0%} of the usable rate",
         },
         formula="$/token = GPUs x $/GPU-h / (capacity tokens/h x utilization)",
         substituted=f"{edge.gpus} x {format_usd(per_hour / edge.gpus)} / "
-        f"({significant(capacity / 1e6)} M x {used:.3f})",
+        f"({capacity:,.0f} tokens/s x 3600 x {used:.3f})",
         result=Value(
-            amount=edge.usd_per_million_tokens or math.nan,
+            amount=average,
             unit="$ per million tokens",
             evidence=Evidence(
                 kind=best.evidence.kind,
@@ -558,6 +565,7 @@ def set_triggers(view: View) -> Finding:
     """Step 13: what would make this plan wrong, as thresholds to watch."""
     point = view.best.expected.point
     ttft_s = point.ttft_s(99)
+    cap_low, cap_high = input_cap_tokens(view.profile.input.percentile(95))
     return Finding(
         step=13,
         title="Validation",
@@ -567,8 +575,8 @@ def set_triggers(view: View) -> Finding:
         inputs={
             "expected TTFT p99": format_seconds(ttft_s),
             "expected ITL p99": format_seconds(point.itl_s(99)),
-            "input cap for the gateway": f"{2 * view.profile.input.percentile(95):,.0f} to "
-            f"{3 * view.profile.input.percentile(95):,.0f} tokens",
+            "input cap for the gateway": f"{cap_low:,} to {cap_high:,} tokens",
+            "queue depth to shed at": _shed_at(view),
         },
         formula="re-size if TTFT p99 > 1.30 x benchmark, or utilization drop > 20 points",
         substituted=f"{format_seconds(ttft_s)} x 1.30",
@@ -580,6 +588,20 @@ def set_triggers(view: View) -> Finding:
             "and break it",
         ),
     )
+
+
+def _shed_at(view: View) -> str:
+    """The fleet-wide queue depth at which the gateway refuses, from what the fleet drains."""
+    limits = [lv.limit_s("ttft") for lv in view.question.levels]
+    known = [limit for limit in limits if limit is not None]
+    edge = view.best.pessimistic
+    own_s = max(edge.point.prompts_s)
+    if not known or min(known) <= own_s:
+        return "no TTFT limit leaves room for a queue"
+    depth = shed_depth(
+        wait_s=min(known), drain_rps=edge.instances * edge.usable_rps, prefill_p99_s=own_s
+    )
+    return f"{depth.trip_low:,} to {depth.trip_high:,} requests"
 
 
 # --- the top of the page --------------------------------------------------------------------
@@ -640,11 +662,6 @@ def _annual(candidate: Candidate) -> str:
     return (
         f"{format_usd(cost)} a year" if cost is not None else f"{candidate.pessimistic.gpus} GPUs"
     )
-
-
-def _kv_bytes_per_token(view: View, kv: str) -> float:
-    elements = view.question.model.kv_elements_per_token
-    return elements * KV_FORMATS[kv].bytes_per_element
 
 
 def _limit(view: View, metric: str) -> str:
