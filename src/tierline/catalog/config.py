@@ -65,7 +65,9 @@ class Fields:
         value = self._values.get(key)
         if value is None:
             return None
-        if not isinstance(value, list) or any(kind not in known for kind in value):
+        if not isinstance(value, list) or not all(
+            isinstance(kind, str) and kind in known for kind in value
+        ):
             raise self.error(f"{key} is not a list of {' or '.join(sorted(known))}")
         self.insist(len(value) == layers, f"{key} has {len(value)} entries for {layers} layers")
         return value

@@ -8,6 +8,7 @@ A name opens that one file and no other, so a larger bundle does not cost start-
 
 import functools
 import json
+import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -75,17 +76,16 @@ def load_model(name_or_path: str) -> ModelSpec:
     name = _aliases().get(folded, folded)
     if name in known_models():
         return known_models()[name]
-    path = Path(name_or_path).expanduser()
-    if path.is_dir() and not (path / "config.json").exists():
-        raise SpecError(
-            f"folder {name_or_path!r} holds no config.json",
-            hint="pass the folder of a model, or the path to its config.json",
-        )
-    if path.is_dir():
-        path = path / "config.json"
-    if path.exists() or path.suffix == ".json":
-        name = path.resolve().parent.name if path.name == "config.json" else path.stem
-        return model_from_config(_read_config(path), name=name, source=str(path))
+    path = os.path.expanduser(name_or_path)  # os.path: an impossible path is no path, no error
+    if os.path.isdir(path):
+        path = os.path.join(path, "config.json")
+        if not os.path.exists(path):
+            raise SpecError(
+                f"folder {name_or_path!r} holds no config.json",
+                hint="pass the folder of a model, or the path to its config.json",
+            )
+    if os.path.exists(path) or path.endswith(".json"):
+        return _read_file(Path(path))
     return lookup(
         "model",
         name_or_path,
@@ -93,6 +93,12 @@ def load_model(name_or_path: str) -> ModelSpec:
         error=SpecError,
         way_out="or pass a path to its config.json",
     )
+
+
+def _read_file(path: Path) -> ModelSpec:
+    """The model of one `config.json`, named after its folder, else after the file."""
+    name = path.resolve().parent.name if path.name == "config.json" else path.stem
+    return model_from_config(_read_config(path), name=name, source=str(path))
 
 
 def _read_config(path: Path) -> Mapping[str, Any]:
