@@ -13,6 +13,8 @@ from types import ModuleType
 
 import pytest
 
+from tierline.workload.trace import read_trace
+
 ROOT = Path(__file__).resolve().parents[1]
 CONTRACTS = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["importlinter"]
 HEAVY = ("hypothesis", "jinja2", "numpy", "pyarrow", "scipy", "tomli_w", "torch", "tqdm")
@@ -217,6 +219,16 @@ def test_marked_blocks_are_found_and_a_mark_without_a_block_is_refused(tmp_path:
     assert (found.language, found.text) == ("console", "$ true")
     with pytest.raises(AssertionError, match="no block follows"):
         docs.examples_in(page)
+
+
+def test_the_bundled_trace_is_what_its_script_draws(monkeypatch: pytest.MonkeyPatch) -> None:
+    tool = load_tool("make_example")
+    shipped = list(read_trace(tool.OUT))
+
+    assert len(shipped) == tool.REQUESTS
+    assert shipped == tool.requests()
+    monkeypatch.setattr(tool, "SEED", tool.SEED + 1)
+    assert shipped != tool.requests()  # control: the seed decides
 
 
 @pytest.mark.slow
