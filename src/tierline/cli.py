@@ -51,6 +51,8 @@ def plan(args: argparse.Namespace) -> int:
         engine=args.engine,
         average_load=args.average_load,
         api_usd_per_million=_api_price(args.api_price),
+        curve=args.curve,
+        instance=_pairs(args.instance, "--instance"),
         progress=True,
     )
     paths = write_plan(result, Path(args.output)) if args.output else []
@@ -315,6 +317,15 @@ def _add_plan(commands: Any) -> None:
     command.add_argument("--engine", default="vllm", help="engine whose host times to plan with")
     command.add_argument(
         "--api-price", metavar="IN,OUT", help="hosted $ per million tokens, for the break-even"
+    )
+    command.add_argument(
+        "--curve", metavar="CSV", help="measured load curve of one instance, in place of predicted"
+    )
+    command.add_argument(
+        "--instance",
+        action="append",
+        metavar="tp=4,weights=fp8,kv=fp8",
+        help="the instance that --curve was measured on",
     )
     command.add_argument(
         "-o", "--output", help="folder for plan.json, deployment.toml, report.html"

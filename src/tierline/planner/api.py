@@ -6,19 +6,21 @@ The command line is a thin reader of arguments over this; both raise the same er
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
-from tierline.base.errors import InputError
+from tierline.base.errors import InfeasibleError, InputError
 from tierline.base.files import write_text
-from tierline.base.names import lookup
+from tierline.base.names import lookup, reject_unknown_keys
+from tierline.catalog.formats import kv_format, weight_format
 from tierline.catalog.gpu import GpuSpec
 from tierline.catalog.gpus import load_gpu, load_gpus, with_price
 from tierline.catalog.models import load_model
-from tierline.perf.step import engine_names
+from tierline.perf.curve import c_max, curve_from_csv
+from tierline.perf.step import Layout, engine_names
 from tierline.planner.candidates import QUALITIES
-from tierline.planner.finding import Plan, Question
+from tierline.planner.finding import MeasuredCurve, Plan, Question
 from tierline.planner.plan import make_plan
 from tierline.workload.archetypes import business_rate, workload_profile
 from tierline.workload.profile import Profile, profile_trace
-from tierline.workload.slo import parse_service_levels
+from tierline.workload.slo import ServiceLevel, parse_service_levels
 from tierline.workload.trace import read_trace
 
 PREDICTABLE_CV = 1.5  # gaps about as irregular as Poisson's, and a flat day: traffic one can trust
@@ -46,6 +48,8 @@ def plan(
     engine: str = "vllm",
     average_load: float | None = None,
     api_usd_per_million: tuple[float, float] | None = None,
+    curve: str | Path | None = None,
+    instance: Mapping[str, str] | None = None,
     progress: bool = False,
 ) -> Plan:
     """Plan a fleet: which GPUs, how many, in what configuration, at what cost, and why.
@@ -55,6 +59,9 @@ def plan(
     minute, or from `users` who open `sessions_per_day`. `slo` is text such as
     'ttft_p99=2s,itl_p99=50ms', one per class. `gpus` are names or paths of TOML files (default:
     all of the catalogue), `prices` dollars per GPU-hour by name.
+
+    A measured load curve (`curve`, a CSV file) of one `instance` on one GPU, for example
+    {'tp': '4', 'weights': 'fp8', 'kv': 'fp8'}, takes the place of the predicted one.
 
     Raises `InputError` for what the caller can correct and `InfeasibleError`, which names the
     bound, when no configuration keeps the promises.
@@ -98,6 +105,7 @@ def plan(
         api_usd_per_million=api_usd_per_million,
         peak_rps=peak_rps,
         average_load=average_load,
+        measured=_measured(curve, instance or {}, chosen, levels),
         config_path=model if Path(model).exists() else None,
     )
     return make_plan(question, profile)
@@ -123,6 +131,50 @@ def write_plan(plan: Plan, folder: Path) -> list[Path]:
     for path, text in zip(paths, texts, strict=True):
         write_text(path, text)
     return paths
+
+
+def _measured(
+    path: str | Path | None,
+    instance: Mapping[str, str],
+    gpus: list[GpuSpec],
+    levels: tuple[ServiceLevel, ...],
+) -> MeasuredCurve | None:
+    """The benchmark that replaces the prediction: one curve of one instance on one GPU."""
+    if path is None:
+        if instance:
+            raise InputError("an instance without a curve", hint="add --curve FILE")
+        return None
+    if len(gpus) != 1:
+        raise InputError("a measured curve belongs to one GPU", hint="add --gpus NAME, one name")
+    layout = parse_layout(instance)
+    curve = curve_from_csv(Path(path))
+    limits = [(lv.limit_s("ttft"), lv.limit_s("itl")) for lv in levels]
+    points = [c_max(curve, ttft_p99_s=ttft, itl_p99_s=itl) for ttft, itl in limits]
+    kept = [point.rps for point in points if point is not None]
+    if len(kept) < len(points):
+        raise InfeasibleError(
+            f"curve {str(path)!r} breaks a promise at its lowest load, "
+            f"{curve.points[0].concurrency:g} concurrent",
+            hint="relax the service level, or measure another configuration",
+        )
+    return MeasuredCurve(gpu=gpus[0].name, layout=layout, curve=curve, usable_rps=min(kept))
+
+
+def parse_layout(parts: Mapping[str, str]) -> Layout:
+    """A layout from {'tp': '4', 'weights': 'fp8', 'kv': 'fp8'}; absent cuts are 1."""
+    reject_unknown_keys("instance", parts, ("weights", "kv", "tp", "pp", "dp", "ep"))
+    missing = [key for key in ("weights", "kv", "tp") if key not in parts]
+    if missing:
+        raise InputError(f"instance: {missing[0]!r} is missing", hint="tp=4,weights=fp8,kv=fp8")
+    cuts = {key: parts[key] for key in ("tp", "pp", "dp", "ep") if key in parts}
+    for key, text in cuts.items():
+        if not text.isdigit() or int(text) < 1:
+            raise InputError(f"instance: {key} is {text!r}", hint="a whole number from 1")
+    return Layout(
+        weights=weight_format(parts["weights"]).name,
+        kv=kv_format(parts["kv"]).name,
+        **{key: int(text) for key, text in cuts.items()},
+    )
 
 
 def _gpus(names: Iterable[str] | None, prices: Mapping[str, float]) -> list[GpuSpec]:

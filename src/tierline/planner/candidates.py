@@ -22,10 +22,12 @@ from tierline.catalog.gpu import GpuSpec
 from tierline.catalog.gpus import supports, supports_kv
 from tierline.catalog.model import ModelSpec
 from tierline.perf.cost import instances_needed, usd_per_million_tokens, usd_per_year
+from tierline.perf.evidence import Evidence
 from tierline.perf.memory import computed_activation_bytes, overhead_bytes
 from tierline.perf.step import Layout, StepCost, load_engine
-from tierline.planner.finding import Candidate, Edge, MemoryUse, Question, Rejected
+from tierline.planner.finding import Candidate, Edge, MeasuredCurve, MemoryUse, Question, Rejected
 from tierline.planner.load import Demand, Instance, operating_point, usable_rate
+from tierline.workload.slo import ServiceLevel
 
 QUALITIES = ("none", "negligible", "mild", "moderate")
 CHUNKS = (256, 512, 1024, 2048, 4096, 8192)
@@ -83,7 +85,7 @@ def search(question: Question, load: Load, *, progress: bool = False) -> Search:
         (
             (price_bound(cost, load), gpu.name, str(layout), cost)
             for gpu in question.gpus
-            for layout, cost in layouts(question.model, gpu, rejected)
+            for layout, cost in layouts(question.model, gpu, question.measured, rejected)
         ),
         key=lambda shape: shape[:3],
     )
@@ -220,9 +222,13 @@ def edge_rank(edge: Edge) -> tuple[float, int, float]:
 
 
 def layouts(
-    model: ModelSpec, gpu: GpuSpec, rejected: list[Rejected]
+    model: ModelSpec, gpu: GpuSpec, measured: MeasuredCurve | None, rejected: list[Rejected]
 ) -> Iterator[tuple[Layout, StepCost]]:
     """Legal layouts of the model on `gpu`: formats first, then the lowest TP and some above."""
+    if measured is not None:
+        if measured.gpu == gpu.name:
+            yield measured.layout, StepCost(model, gpu, measured.layout)
+        return
     for weights in weight_choices(model):
         reason = supports(gpu, weights) or outdone(gpu, weights)
         if reason is not None:
@@ -344,7 +350,7 @@ def screen(question: Question, cost: StepCost, load: Load) -> Screened | Rejecte
     hit_rate = hits(question, tuned, load)
     demand = replace(load.demand, hit_rate=hit_rate)
     pessimistic = edge(
-        question, tuned, demand, load, name="pessimistic", slowdown=cost.rates.evidence.high
+        question, tuned, demand, load, name="pessimistic", slowdown=evidence_of(question, cost).high
     )
     if pessimistic is None:
         return Rejected(what=name, why="prefix hits leave too few KV blocks for the rest")
@@ -353,10 +359,17 @@ def screen(question: Question, cost: StepCost, load: Load) -> Screened | Rejecte
     )
 
 
+def evidence_of(question: Question, cost: StepCost) -> Evidence:
+    """What the capacity of this layout rests on: the benchmark, or the step law."""
+    if question.measured is None:
+        return cost.rates.evidence
+    return Evidence(kind="measured", source=f"load curve {question.measured.curve.source}")
+
+
 def slow_instance(question: Question, cost: StepCost, load: Load) -> Instance:
     """One instance at the pessimistic edge of its evidence, with the smallest chunk."""
     return Instance(
-        cost=cost.scaled(cost.rates.evidence.high),
+        cost=cost.scaled(evidence_of(question, cost).high),
         engine=load_engine(question.engine),
         kv_tokens=kv_pool_tokens(cost, memory_use(cost), load),
         sequences_max=SEQUENCES,
@@ -367,7 +380,7 @@ def slow_instance(question: Question, cost: StepCost, load: Load) -> Instance:
 def complete(question: Question, screened: Screened, load: Load) -> Candidate:
     """The candidate with the other two edges."""
     cost = screened.cost
-    evidence = cost.rates.evidence
+    evidence = evidence_of(question, cost)
     edges: dict[str, Edge] = {"pessimistic": screened.pessimistic}
     for name, slowdown in (("expected", 1.0), ("optimistic", evidence.low)):
         instance = replace(screened.instance, cost=cost.scaled(slowdown))
@@ -407,7 +420,7 @@ def best_chunk(question: Question, instance: Instance, load: Load) -> Instance |
     def usable(index: int) -> float:
         if index not in tried:
             sized = replace(instance, chunk_tokens=CHUNKS[index])
-            point = usable_rate(sized, load.demand, question.levels)
+            point = usable_rate(sized, load.demand, promises(question))
             tried[index] = point.rate_rps if point is not None else 0.0
         return tried[index]
 
@@ -441,7 +454,7 @@ def hits(question: Question, instance: Instance, load: Load) -> float:
         return 0.0
     hit_rate = 0.0
     for _ in range(2):
-        point = usable_rate(instance, replace(load.demand, hit_rate=hit_rate), question.levels)
+        point = usable_rate(instance, replace(load.demand, hit_rate=hit_rate), promises(question))
         if point is None:
             return 0.0
         instances = instances_needed(
@@ -461,11 +474,12 @@ def edge(
     slowdown: float,
 ) -> Edge | None:
     """What the fleet needs when every step takes `slowdown` times the law's time."""
-    usable = usable_rate(instance, demand, question.levels)
+    usable = usable_rate(instance, demand, promises(question))
     if usable is None:
         return None
+    usable_rps = question.measured.usable_rps if question.measured else usable.rate_rps
     gpu = instance.cost.gpu
-    instances = instances_needed(load.rate_rps, usable_rps=usable.rate_rps, safety=question.safety)
+    instances = instances_needed(load.rate_rps, usable_rps=usable_rps, safety=question.safety)
     gpus = instances * instance.cost.layout.gpus
     point = operating_point(instance, demand, load.rate_rps / instances)
     price = gpu.price.typical_usd
@@ -474,7 +488,7 @@ def edge(
     return Edge(
         name=name,
         slowdown=slowdown,
-        usable_rps=usable.rate_rps,
+        usable_rps=usable_rps,
         instances=instances,
         gpus=gpus,
         usd_per_hour=hourly,
@@ -486,6 +500,11 @@ def edge(
         else None,
         point=point or usable,
     )
+
+
+def promises(question: Question) -> tuple[ServiceLevel, ...]:
+    """What the model must keep; nothing where a measured curve has kept it already."""
+    return () if question.measured else question.levels
 
 
 def quality_gate(question: Question, layout: Layout) -> str:

@@ -11,6 +11,7 @@ from typing import Any
 from tierline.catalog.deployment import Deployment
 from tierline.catalog.gpu import GpuSpec
 from tierline.catalog.model import ModelSpec
+from tierline.perf.curve import Curve
 from tierline.perf.evidence import Evidence, Value
 from tierline.perf.step import Layout
 from tierline.planner.load import Demand, Instance, OperatingPoint
@@ -125,6 +126,16 @@ class Sensitivity:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class MeasuredCurve:
+    """A benchmark of one instance that takes the place of the predicted curve."""
+
+    gpu: str
+    layout: Layout
+    curve: Curve
+    usable_rps: float  # at the last concurrency that keeps every promise
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Question:
     """What was asked, with everything that a plan is a function of."""
 
@@ -140,6 +151,7 @@ class Question:
     peak_rps: float | None = None  # busiest minute; None: the trace's own
     average_load: float | None = None  # mean over peak; None: the trace's own
     api_usd_per_million: tuple[float, float] | None = None  # hosted price, input and output
+    measured: MeasuredCurve | None = None
     hf_id: str | None = None  # the name an engine loads the weights by
     config_path: str | None = None  # of a model outside the catalogue
 
