@@ -41,7 +41,7 @@ def shed_depth(*, wait_s: float, drain_rps: float, prefill_p99_s: float = 0.0) -
     Arrivals do not matter: the wait of the last one in line is depth over drain rate.
 
     >>> shed_depth(wait_s=2, drain_rps=50)
-    ShedDepth(limit=100, trip_low=80, trip_high=90)
+    ShedDepth(limit=100.0, trip_low=80, trip_high=90)
     """
     limit = (wait_s - prefill_p99_s) * drain_rps
     assert limit > 0, "prefill alone takes the whole wait"

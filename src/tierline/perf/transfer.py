@@ -157,8 +157,8 @@ def disaggregation_advice(
         )
         return Advice(verdict="colocate", reasons=reasons, rule=rule)
     if not fast_fabric and interference_share < 0.1:
-        reasons = ("prompts hardly disturb decodes, and the fabric is slow",)
-        return Advice(verdict="overkill", reasons=reasons, rule=rule)
+        reason = "prompts hardly disturb decodes, and the fabric is slow"
+        return Advice(verdict="overkill", reasons=(reason,), rule=rule)
     if interference_share < 0.5:
         reason = f"prompts cause {interference_share:.0%} of p99 ITL: chunk them first"
         return Advice(verdict="colocate", reasons=(reason,), rule=rule)
