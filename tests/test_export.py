@@ -238,6 +238,8 @@ NOT_EXPRESSED: list[tuple[Deployment, str, set[str]]] = [
     (CHAT, "13 replicas", {"vllm", "sglang", "trtllm"}),
     (with_policies(routing="round-robin"), "routing", set(TARGETS) - {"ray-serve"}),
     (replace(CHAT, weight_format="int4-g128"), "weights in int4-g128", set(TARGETS)),
+    (replace(CHAT, weight_format="bf16"), "weights in", set()),
+    (CHAT, "weights in fp8: made from", set(TARGETS) - {"trtllm"}),
     (replace(CHAT, kv_format="int8"), "KV format int8", {"sglang", "trtllm"}),
     (
         with_policies(speculation=replace(EAGLE, method="suffix")),

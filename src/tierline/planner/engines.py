@@ -226,6 +226,11 @@ def _tier_gaps(d: Deployment, *, expressed: tuple[str, ...]) -> list[str]:
 
 
 def _weight_gap(d: Deployment, *, expressed: tuple[str, ...]) -> list[str]:
+    if d.weight_format == "fp8" and "fp8" in expressed:
+        return [
+            "weights in fp8: made from a 16-bit checkpoint while loading; leave the flag out"
+            " for a checkpoint that is FP8 in a scheme of its own"
+        ]
     if d.weight_format in (*expressed, "bf16"):
         return []
     return [f"weights in {d.weight_format}: {_FROM_CHECKPOINT}"]
