@@ -34,8 +34,9 @@ fix: $(DEV) ## format, and repair what the linter can
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-docs: $(DEV) ## write docs/reference again, then run every example in the documents
+docs: $(DEV) ## write docs/reference and the output of examples again, then check the examples
 	$(BIN)/python tools/docs.py
+	$(BIN)/python tools/docs.py --record
 	$(BIN)/python tools/docs.py --examples
 
 bench: $(DEV) ## every benchmark; one line of JSON each

@@ -221,6 +221,17 @@ def test_marked_blocks_are_found_and_a_mark_without_a_block_is_refused(tmp_path:
         docs.examples_in(page)
 
 
+def test_recording_writes_what_is_printed_and_nothing_else(tmp_path: Path) -> None:
+    page = tmp_path / "page.md"
+    shown = "<!-- run -->\n```console\n$ echo new\n{}\n$ echo silent\n```\nend\n"
+    page.write_text(shown.format("old") + "<!-- run -->\n```console\n$ echo x\n...\n```\n")
+    docs.record_examples(page)
+
+    assert (
+        page.read_text() == shown.format("new") + "<!-- run -->\n```console\n$ echo x\n...\n```\n"
+    )
+
+
 def test_the_bundled_trace_is_what_its_script_draws(monkeypatch: pytest.MonkeyPatch) -> None:
     tool = load_tool("make_example")
     shipped = list(read_trace(tool.OUT))

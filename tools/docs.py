@@ -3,6 +3,7 @@
     python tools/docs.py              write the pages
     python tools/docs.py --check      fail, and say which, when a page is not what it would write
     python tools/docs.py --examples   run every block that follows a `<!-- run -->` line
+    python tools/docs.py --record     run them, and write down what they print where it is shown
 
 A page is a function of the code alone, so that it is the same on every machine and Python;
 that is why the command line is listed from the parser's own table and not from its help text.
@@ -372,6 +373,24 @@ def failure_of(example: Example, *, root: Path = ROOT) -> str | None:
     return None
 
 
+def record_examples(document: Path, root: Path = ROOT) -> None:
+    """Put what commands print now in place of what the document shows, except beside `...`."""
+    page = document.read_text(encoding="utf-8")
+    for example in examples_in(document):
+        if example.language == "console" and "..." not in example.text:
+            page = page.replace(example.text, recorded(example.text, root))
+    document.write_text(page, encoding="utf-8")
+
+
+def recorded(text: str, root: Path) -> str:
+    """The block with every output shown replaced; a command shown without one keeps none."""
+    parts = []
+    for command, expected in sessions(text):
+        printed = run(["bash", "-c", command], root).stdout.strip("\n") if expected else ""
+        parts.append(f"$ {command}" + (f"\n{printed}" if printed else ""))
+    return "\n".join(line.rstrip() for line in "\n".join(parts).split("\n"))
+
+
 def sessions(text: str) -> Iterator[tuple[str, str]]:
     """Each command of a console block with the lines that should follow it."""
     for part in ("\n" + text).split("\n$ ")[1:]:
@@ -392,7 +411,7 @@ def run(command: list[str], root: Path) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
         command,
         cwd=root,
-        env={**os.environ, "PATH": path, "COLUMNS": "100"},
+        env={**os.environ, "PATH": path, "COLUMNS": "100", "PYTHONUNBUFFERED": "1"},
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
@@ -422,8 +441,13 @@ def main() -> int:
     parser = argparse.ArgumentParser(description="Write, check or run the documents.")
     parser.add_argument("--check", action="store_true", help="fail when a page is stale")
     parser.add_argument("--examples", action="store_true", help="run the marked examples")
+    parser.add_argument("--record", action="store_true", help="write down what examples print")
     args = parser.parse_args()
     folder = ROOT / REFERENCE
+    if args.record:
+        for document in documents(ROOT):
+            record_examples(document)
+        return 0
     if args.examples:
         return 1 if run_examples(ROOT) else 0
     if args.check:
