@@ -215,7 +215,8 @@ class _Chains:
 
     The curve says which share of block accesses must be found at each range of LRU distance.
     Each request serves the range that lags most: it continues the chain last touched at about
-    that distance, and adds new blocks. @@
+    that distance, and adds new blocks. Where nothing lags it starts a new chain. Nothing here
+    is drawn, so the curve is met to the grain of a request.
 
     A Fenwick tree over requests holds how many blocks each was the last to touch; the sum over
     later requests is the distance of what a request holds.

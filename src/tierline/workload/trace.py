@@ -14,6 +14,7 @@ import json
 import os
 import zlib
 from collections.abc import Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any, Literal, cast
@@ -284,15 +285,11 @@ def write_trace(
     count = 0
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with partial.open("wb") as raw:
-            packed = gzip.GzipFile(fileobj=raw, mode="wb", filename="", mtime=0)
-            file = cast("IO[bytes]", packed) if path.suffix == ".gz" else raw
+        with partial.open("wb") as raw, _packer(raw, path) as file:
             file.write(json.dumps(header).encode() + b"\n")
             for request in requests:
                 count += 1
                 file.write(json.dumps(_record(request)).encode() + b"\n")
-            if file is not raw:
-                packed.close()
         partial.replace(path)
     except OSError as error:
         partial.unlink(missing_ok=True) if partial.parent.is_dir() else None
@@ -301,6 +298,13 @@ def write_trace(
             hint="choose an output folder that you may write to",
         ) from None
     return count
+
+
+def _packer(raw: IO[bytes], path: Path) -> AbstractContextManager[IO[bytes]]:
+    if path.suffix != ".gz":
+        return nullcontext(raw)
+    # Without name and time in it, equal requests give equal bytes.
+    return cast("IO[bytes]", gzip.GzipFile(fileobj=raw, mode="wb", filename="", mtime=0))
 
 
 def _record(request: Request) -> dict[str, Any]:
