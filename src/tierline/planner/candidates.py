@@ -35,6 +35,7 @@ SEQUENCES = 1024
 PRUNE_RATIO = 1.5
 PER_GPU_MIN = 3
 SHOWN = 40
+IDLE_RPS = 1e-3  # slow enough that requests never meet
 DRAM_TRIED = 8
 DRAM_HITS_MIN = 0.01  # of prompt tokens; fewer are not worth a tier
 PCIE_TP_MAX = 4  # all-reduce takes over 38 % of a step at 8 ranks on PCIe
@@ -283,6 +284,7 @@ def shapes_that_fit(
                     what=f"{gpu.name} {layout}",
                     why=f"weights and overheads exceed {format_bytes(gpu.memory_bytes)} "
                     f"by {format_bytes(-room)} on each GPU",
+                    missing_bytes=-room,
                 )
             )
             continue
@@ -346,7 +348,7 @@ def screen(question: Question, cost: StepCost, load: Load) -> Screened | Rejecte
     instance = slow_instance(question, cost, load)
     tuned = best_chunk(question, instance, load)
     if tuned is None:
-        return Rejected(what=name, why=why_infeasible(question, instance, load))
+        return infeasible(question, instance, load, what=name)
     hit_rate = hits(question, tuned, load)
     demand = replace(load.demand, hit_rate=hit_rate)
     pessimistic = edge(
@@ -542,24 +544,34 @@ def price_bound(cost: StepCost, load: Load) -> float:
     return gpus * price * HOURS_PER_YEAR
 
 
-def why_infeasible(question: Question, instance: Instance, load: Load) -> str:
-    """Which promise one lone request already breaks, and by how much."""
-    worst = ""
-    for chunk in reversed(CHUNKS):
-        lone = operating_point(replace(instance, chunk_tokens=chunk), load.demand, 1e-3)
+def infeasible(question: Question, instance: Instance, load: Load, *, what: str) -> Rejected:
+    """Which promises one lone request already breaks, at the chunk that breaks them least."""
+    nearest: tuple[float, str, str] | None = None
+    for chunk in CHUNKS:
+        lone = operating_point(replace(instance, chunk_tokens=chunk), load.demand, IDLE_RPS)
         if lone is None:
-            return f"the KV pool of {instance.kv_tokens:,.0f} tokens holds no typical request"
-        broken = [
-            f"{t.metric} p{t.percentile:g} is {format_seconds(latency_s)} idle, "
-            f"over {format_seconds(t.limit_s)}"
-            for level in question.levels
-            for t in level.targets
-            if (latency_s := lone.latency_s(t.metric, t.percentile)) > t.limit_s
+            why = f"the KV pool of {instance.kv_tokens:,.0f} tokens holds no typical request"
+            return Rejected(what=what, why=why)
+        misses = [
+            (lone.latency_s(t.metric, t.percentile), t)
+            for lv in question.levels
+            for t in lv.targets
         ]
-        if not broken:
-            return worst or "no chunk size keeps every promise"
-        worst = "; ".join(broken)
-    return worst
+        misses = [(latency_s, t) for latency_s, t in misses if latency_s > t.limit_s]
+        over = max((latency_s / t.limit_s for latency_s, t in misses), default=1.0)
+        if nearest is None or over < nearest[0]:
+            why = "; ".join(
+                f"{t.metric} p{t.percentile:g} is {format_seconds(latency_s)} for a lone request, "
+                f"over {format_seconds(t.limit_s)}"
+                for latency_s, t in misses
+            )
+            within = ",".join(
+                f"{t.metric}_p{t.percentile:g}={math.ceil(latency_s * 1.05e3)}ms"
+                for latency_s, t in misses
+            )
+            nearest = (over, why or "no chunk size keeps every promise", within)
+    assert nearest is not None
+    return Rejected(what=what, why=nearest[1], over=nearest[0], within=nearest[2])
 
 
 def pareto(candidates: Iterable[Candidate]) -> list[str]:

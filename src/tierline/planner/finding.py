@@ -24,6 +24,9 @@ class Rejected:
 
     what: str
     why: str
+    over: float | None = None  # worst latency over its limit, for a lone request
+    within: str = ""  # the limits that it could keep then
+    missing_bytes: float | None = None  # on each GPU, where the weights do not fit
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

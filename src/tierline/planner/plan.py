@@ -12,7 +12,7 @@ from tierline.base.errors import InfeasibleError, InputError
 from tierline.planner import extras, steps
 from tierline.planner.candidates import Load, Search, pareto, search
 from tierline.planner.deploy import deployment_of
-from tierline.planner.finding import Candidate, Plan, Question, Rejected
+from tierline.planner.finding import Candidate, Plan, Question
 from tierline.planner.load import Demand
 from tierline.workload.profile import Lengths, Profile
 
@@ -116,27 +116,38 @@ def choose(question: Question, found: Search) -> Candidate:
     allowed = [c for c in found.candidates if not c.needs_quality_test]
     if allowed:
         return allowed[0]
-    raise InfeasibleError(_why_nothing(question, found), hint=_way_out(found))
+    raise nothing_holds(question, found)
 
 
-def _why_nothing(question: Question, found: Search) -> str:
+def nothing_holds(question: Question, found: Search) -> InfeasibleError:
+    """The error for a question without an answer: which bound forbids it, and what would help."""
+    model, gpus = question.model.name, ", ".join(g.name for g in question.gpus)
     if found.candidates:
-        return (
-            f"every configuration that keeps the promises loses more quality than "
-            f"{question.quality!r} allows, for example {found.candidates[0].name} "
-            f"({found.candidates[0].needs_quality_test})"
+        first = found.candidates[0]
+        return InfeasibleError(
+            f"every configuration of {model} that keeps the promises loses more quality than "
+            f"{question.quality!r} allows: {first.name} ({first.needs_quality_test})",
+            hint="test your tasks on that format, then plan with a lower --quality",
         )
-    reasons = [r for r in found.rejected if "idle" in r.why] or list(found.rejected)
-    nearest = reasons[-1] if reasons else Rejected(what="nothing", why="no GPU was given")
-    promises = "; ".join(str(level) for level in question.levels)
-    return (
-        f"no configuration of {question.model.name} on "
-        f"{', '.join(g.name for g in question.gpus)} keeps {promises}: "
-        f"{nearest.what}: {nearest.why}"
+    late = [r for r in found.rejected if r.over is not None]
+    if late:
+        nearest = min(late, key=lambda r: r.over or 0.0)
+        return InfeasibleError(
+            f"no configuration of {model} on {gpus} keeps "
+            f"{'; '.join(map(str, question.levels))}. Nearest: {nearest.what}: {nearest.why}",
+            hint=f"it would keep {nearest.within}; or add faster GPUs, or shorten the prompts"
+            if nearest.within
+            else "lower the rate of one instance: shorter prompts, or more and faster GPUs",
+        )
+    unfit = [r for r in found.rejected if r.missing_bytes is not None]
+    if unfit:
+        nearest = min(unfit, key=lambda r: r.missing_bytes or 0.0)
+        return InfeasibleError(
+            f"{model} fits on none of {gpus}. Nearest: {nearest.what}: {nearest.why}",
+            hint="plan with larger GPUs, or allow a smaller format with --quality mild",
+        )
+    reasons = "; ".join(f"{r.what}: {r.why}" for r in found.rejected[:3])
+    return InfeasibleError(
+        f"no configuration of {model} on {gpus} is possible. {reasons}",
+        hint="plan with other GPUs, or shorten the longest requests",
     )
-
-
-def _way_out(found: Search) -> str:
-    if found.candidates:
-        return f"pass --quality {found.candidates[0].needs_quality_test.split()[-2]} after testing"
-    return "relax the limit that the message names, add faster or larger GPUs, or shorten prompts"
