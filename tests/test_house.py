@@ -139,6 +139,30 @@ def test_the_base_install_is_four_small_packages() -> None:
     assert base == {"jinja2", "numpy", "tomli-w", "tqdm"}
 
 
+@pytest.mark.slow
+def test_the_wheel_holds_everything_a_plan_needs(tmp_path: Path) -> None:
+    """Built, unpacked far from the sources, and asked for a plan."""
+    build = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "-w", tmp_path, ROOT]
+    subprocess.run(build, check=True)
+    (wheel,) = tmp_path.glob("*.whl")
+    shutil.unpack_archive(wheel, tmp_path / "site", "zip")
+    code = """
+import tierline
+answer = tierline.plan("llama-3.1-8b", workload="chat", rps=5, slo="ttft_p99=2s", gpus=["l40s"])
+print(tierline.__file__, answer.recommended.gpu.name)
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=tmp_path,
+        env={"PYTHONPATH": str(tmp_path / "site")},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+    assert done.stdout == f"{tmp_path / 'site' / 'tierline' / '__init__.py'} l40s\n", done.stderr
+
+
 def test_the_package_imports_only_what_it_declares() -> None:
     allowed = {"jinja2", "numpy", "tomli_w", "tqdm", "tierline"} | sys.stdlib_module_names
     pattern = re.compile(r"^\s*(?:from|import) (\w+)", re.MULTILINE)
