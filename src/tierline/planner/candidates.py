@@ -571,6 +571,8 @@ def infeasible(question: Question, instance: Instance, load: Load, *, what: str)
             )
             nearest = (over, why or "no chunk size keeps every promise", within)
     assert nearest is not None
+    if quality_gate(question, instance.cost.layout):  # never offered as the way out
+        return Rejected(what=what, why=nearest[1])
     return Rejected(what=what, why=nearest[1], over=nearest[0], within=nearest[2])
 
 
