@@ -1,4 +1,4 @@
-"""A profile states what the trace holds, equal to its published description, and None for the rest."""
+"""A profile states what the trace holds, equal to what was published, and None for the rest."""
 
 import json
 import math

@@ -119,7 +119,7 @@ def test_what_cannot_be_drawn_is_refused() -> None:
         synthesize(chat, seed=1, requests=10, arrivals="day")
     with pytest.raises(InputError, match="unknown arrival process"):
         synthesize(chat, seed=1, requests=10, arrivals="poison")  # type: ignore[arg-type]
-    with pytest.raises(InputError, match="at least one|0 requests"):
+    with pytest.raises(InputError, match="0 requests"):
         synthesize(chat, seed=1, requests=0)
 
 

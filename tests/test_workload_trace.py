@@ -2,13 +2,16 @@
 
 import gzip
 import json
+from contextlib import suppress
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tierline.base.errors import InputError, TraceError
+from tierline.base.errors import InputError, TierlineError, TraceError
+from tierline.workload.profile import profile_trace
 from tierline.workload.request import Request
 from tierline.workload.trace import load_trace, read_trace, write_trace
 
@@ -288,7 +291,61 @@ def test_client_rates_give_arrivals_at_the_given_rate(data_dir: Path) -> None:
     assert len(requests) == pytest.approx(expected, rel=0.05)
     assert requests == list(reader)
     assert requests != list(read_trace(path, mapping=selection | {"seed": "4"}))
-    assert all(a.arrival_ns <= b.arrival_ns for a, b in zip(requests, requests[1:], strict=False))
+    assert all(a.arrival_ns <= b.arrival_ns for a, b in pairwise(requests))
     assert "seed 3" in reader.report.sentences()[0]
     with pytest.raises(TraceError, match="several workloads"):
         list(read_trace(path))
+
+
+STARTS = st.sampled_from(
+    [
+        b"",
+        b"t_s,input_tokens,output_tokens\n1,2,3\n",
+        MOONCAKE.encode(),
+        AIPERF.encode() + b"\n",
+        VLLM.encode(),
+        GUIDELLM.encode(),
+        b'{"tierline_trace": 1, "block_tokens": 512}\n',
+        b"workload,client,t_s,rate_rps,cv,pattern,p0,p1\n",
+    ]
+)
+VALUES = st.recursive(
+    st.none() | st.integers() | st.floats() | st.text(max_size=3),
+    lambda inner: st.lists(inner, max_size=3),
+    max_leaves=5,
+)
+KEYS = (
+    "timestamp input_length output_length hash_ids metadata metrics arrival_ns input_tokens "
+    "output_tokens prefix_blocks priority input_lens output_lens start_times benchmarks requests"
+).split()
+RECORDS = st.lists(
+    st.dictionaries(
+        st.sampled_from(KEYS),
+        VALUES,
+    ),
+    max_size=4,
+).map(lambda records: "\n".join(json.dumps(r) for r in records).encode())
+
+
+@given(start=STARTS, rest=st.binary(max_size=60) | RECORDS)
+def test_no_file_whatever_is_a_traceback(
+    tmp_path_factory: pytest.TempPathFactory, start: bytes, rest: bytes
+) -> None:
+    path = tmp_path_factory.mktemp("any") / "trace"
+    path.write_bytes(start + rest)
+    requests = None
+    with suppress(TierlineError):
+        requests = profile_trace(read_trace(path, broken_max=0.9)).requests
+
+    assert requests is None or requests > 0
+
+
+def test_block_ids_may_be_text_or_unsigned_hashes(tmp_path: Path) -> None:
+    row = {"timestamp": 0, "input_length": 600, "output_length": 5}
+    ids = [["a", "b"], ["a", "c"], [2**64 - 1, 7]]
+    text = "\n".join(json.dumps(row | {"hash_ids": i}) for i in ids)
+    first, second, third = (r.prefix_blocks for r in read_trace(_file(tmp_path, text)))
+
+    assert first[0] == second[0]
+    assert first[1] != second[1]
+    assert third == (2**63 - 1, 7)

@@ -13,6 +13,7 @@ import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields, replace
 from datetime import UTC, datetime, timedelta
+from itertools import zip_longest
 from typing import Any
 
 from tierline.base.errors import TraceError
@@ -85,6 +86,8 @@ FORMATS = {
 }
 DOCUMENTS = ("vllm", "guidellm")  # one JSON value in the file, not lines
 
+_TOKENS_MAX = 10**9
+_INT64_MAX = 2**63 - 1
 _UNIT_NS = {"s": 10**9, "ms": 10**6, "us": 10**3, "ns": 1}
 _CALENDAR_FROM_S = 10**8  # a larger number of seconds is an epoch time, not time since the start
 
@@ -153,7 +156,7 @@ def open_document(value: Any, *, where: str) -> tuple[str, Columns, list[dict[st
             if aiperf
             else "results of vLLM (saved with --save-detailed) and GuideLLM are read",
         )
-    starts = [r["start_s"] for r in records if r["start_s"] is not None]
+    starts = [r["start_s"] for r in records if isinstance(r["start_s"], (int, float))]
     if len(starts) < len(records) or not starts:
         return name, replace(FORMATS[name], arrival=None), records
     for record in records:
@@ -166,7 +169,7 @@ def _vllm_records(value: dict[str, Any]) -> list[dict[str, Any]]:
     starts = value.get("start_times") or [None] * len(inputs)
     return [
         {"input_tokens": i, "output_tokens": o, "start_s": start}
-        for i, o, start in zip(inputs, outputs, starts, strict=False)
+        for i, o, start in zip_longest(inputs, outputs, starts)
     ]
 
 
@@ -183,6 +186,7 @@ def _guidellm_records(value: dict[str, Any]) -> list[dict[str, Any]]:
             "start_s": r.get("request_start_time", r.get("start_time")),
         }
         for r in done
+        if isinstance(r, dict)
     ]
 
 
@@ -305,6 +309,8 @@ def _tokens(value: Any, what: str) -> int:
         raise ValueError(f"{what} tokens {value!r} is not a whole number") from None
     if tokens <= 0:
         raise ValueError(f"{what} tokens {tokens} is not positive")
+    if tokens > _TOKENS_MAX:
+        raise ValueError(f"{what} tokens {tokens} is no length of a prompt or an answer")
     return tokens
 
 
@@ -312,12 +318,17 @@ def _block_ids(values: Any) -> tuple[int, ...]:
     """Block ids as given when they are numbers; text hashes as 63-bit numbers."""
     if not isinstance(values, list):
         raise ValueError("prefix blocks are not a list")
-    if not values or isinstance(values[0], int):
-        return tuple(values)
+    if all(type(v) is int for v in values):
+        return tuple(values) if max(values, default=0) <= _INT64_MAX else _folded(values)
     return tuple(
         int.from_bytes(hashlib.blake2b(str(v).encode(), digest_size=8).digest()) >> 1
         for v in values
     )
+
+
+def _folded(values: list[int]) -> tuple[int, ...]:
+    """Unsigned 64-bit hashes, brought into the range of signed ones."""
+    return tuple(v & _INT64_MAX for v in values)
 
 
 def _time_reader(first: Any, unit: str) -> Callable[[Any], int]:
@@ -338,12 +349,13 @@ def _time_reader(first: Any, unit: str) -> Callable[[Any], int]:
 
 
 def _scaled_ns(value: Any, scale: int) -> int:
-    if isinstance(value, int):
-        return value * scale
     try:
-        return round(float(value) * scale)
+        scaled = value * scale if isinstance(value, int) else round(float(value) * scale)
     except (ValueError, TypeError, OverflowError):
         raise ValueError(f"arrival {value!r} is not a time") from None
+    if abs(scaled) > _INT64_MAX:
+        raise ValueError(f"arrival {value!r} is not a time")
+    return scaled
 
 
 def _iso_ns(value: Any) -> int:

@@ -53,7 +53,10 @@ class TraceReport:
         if self.failed:
             said.append(f"{self.failed} failed or warm-up requests were left out")
         if self.unsorted:
-            said.append(f"{self.unsorted} arrivals were out of order; requests are taken in order")
+            said.append(
+                f"{self.unsorted} arrivals were out of order: rates are taken in order "
+                "of time, reuse and sessions in order of the file"
+            )
         if self.truncated:
             said.append(f"the file ends early; the {self.requests} requests before that are used")
         return said
@@ -122,10 +125,10 @@ class TraceReader:
             report.rows += 1
             try:
                 request = parse(line)
-            except (ValueError, TypeError) as error:
+            except (ValueError, TypeError, LookupError, AttributeError, RecursionError) as error:
                 report.broken += 1
                 if len(report.broken_lines) < _BROKEN_SHOWN:
-                    report.broken_lines.append((number, str(error)))
+                    report.broken_lines.append((number, _reason(error)))
                 if self._broken_max == 0 or report.broken == 1000:
                     self._check_broken()
                 continue
@@ -196,6 +199,12 @@ def read_trace(
         broken_max=0.0 if on_error == "fail" else broken_max,
         allow_truncated=allow_truncated,
     )
+
+
+def _reason(error: Exception) -> str:
+    if isinstance(error, LookupError):
+        return f"no {error.args[0]!r}" if error.args else "a part is missing"
+    return str(error)
 
 
 def load_trace(reader: Iterable[Request]) -> list[Request]:
