@@ -314,10 +314,24 @@ VALUES = st.recursive(
     lambda inner: st.lists(inner, max_size=3),
     max_leaves=5,
 )
-KEYS = (
-    "timestamp input_length output_length hash_ids metadata metrics arrival_ns input_tokens "
-    "output_tokens prefix_blocks priority input_lens output_lens start_times benchmarks requests"
-).split()
+KEYS = [
+    "timestamp",
+    "input_length",
+    "output_length",
+    "hash_ids",
+    "metadata",
+    "metrics",
+    "arrival_ns",
+    "input_tokens",
+    "output_tokens",
+    "prefix_blocks",
+    "priority",
+    "input_lens",
+    "output_lens",
+    "start_times",
+    "benchmarks",
+    "requests",
+]
 RECORDS = st.lists(
     st.dictionaries(
         st.sampled_from(KEYS),
