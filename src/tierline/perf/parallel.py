@@ -108,8 +108,8 @@ def expert_load_max(assignments: float, ranks: int) -> float:
     if ranks == 1:
         return mean
     score = NormalDist().inv_cdf((ranks - 0.375) / (ranks + 0.25))
-    deviation = math.sqrt(mean * (1 - 1 / ranks))
-    return mean + score * deviation + (score**2 - 1) / 6
+    # Each count varies by less than sqrt(mean), and they repel; the two cancel for the largest.
+    return mean + score * math.sqrt(mean) + (score**2 - 1) / 6
 
 
 # --- collectives ----------------------------------------------------------------------------
