@@ -3,7 +3,7 @@
 The command line is a thin reader of arguments over this; both raise the same errors.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 from tierline.base.errors import InfeasibleError, InputError
@@ -39,7 +39,7 @@ def plan(
     rps: float | None = None,
     users: int | None = None,
     sessions_per_day: float | None = None,
-    gpus: Iterable[str] | None = None,
+    gpus: Sequence[str] | None = None,
     prices: Mapping[str, float] | None = None,
     growth: float = 1.0,
     safety: float | None = None,
@@ -106,7 +106,9 @@ def plan(
         peak_rps=peak_rps,
         average_load=average_load,
         measured=_measured(curve, instance or {}, chosen, levels),
+        hf_id=model if "/" in model and not Path(model).exists() else None,
         config_path=model if Path(model).exists() else None,
+        gpu_files={load_gpu(n).name: n for n in gpus or () if n.endswith(".toml") or "/" in n},
     )
     return make_plan(question, profile)
 
@@ -177,8 +179,8 @@ def parse_layout(parts: Mapping[str, str]) -> Layout:
     )
 
 
-def _gpus(names: Iterable[str] | None, prices: Mapping[str, float]) -> list[GpuSpec]:
-    chosen = {gpu.name: gpu for gpu in load_gpus(list(names) if names is not None else None)}
+def _gpus(names: Sequence[str] | None, prices: Mapping[str, float]) -> list[GpuSpec]:
+    chosen = {gpu.name: gpu for gpu in load_gpus(names)}
     for name, usd in prices.items():
         gpu = load_gpu(name)
         if gpu.name not in chosen:

@@ -27,7 +27,7 @@ def deployment_of(view: View) -> Deployment:
         tiers.append(Tier(name="dram", capacity_bytes=per_instance))
     return Deployment(
         model=ModelRef(name=model.name, hf_id=question.hf_id, config=question.config_path),
-        gpu=best.gpu.name,
+        gpu=question.gpu_files.get(best.gpu.name, best.gpu.name),
         replicas=edge.instances,
         weight_format=layout.weights,
         kv_format=layout.kv,

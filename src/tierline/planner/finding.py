@@ -157,6 +157,7 @@ class Question:
     measured: MeasuredCurve | None = None
     hf_id: str | None = None  # the name an engine loads the weights by
     config_path: str | None = None  # of a model outside the catalogue
+    gpu_files: Mapping[str, str] = field(default_factory=dict)  # name -> path of a user's own
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -1,0 +1,89 @@
+"""Does a whole plan fit into a coffee sip: real traces, real models, every accelerator?
+
+Question   how long does `tierline.plan` take from trace file to finished plan, for two Azure
+           and two Mooncake traces and five models, over all accelerators of the catalogue?
+Budget     20 s for each of the 20 plans on 2 cores: a search people repeat while they talk.
+Baseline   a pure-Python loop of known cost in the same run, so that a slow machine shows:
+           figures are also given as multiples of it.
+Method     one process, one plan each, warnings are errors; the trace is read every time.
+"""
+
+import argparse
+import json
+import os
+import platform
+import time
+import warnings
+from pathlib import Path
+
+from tierline.planner.api import plan
+
+BUDGET_S = 20.0
+MODELS = ("llama-3.1-8b", "llama-3.1-70b", "qwen3-32b", "mixtral-8x7b", "deepseek-r1")
+TRACES = {
+    "azure2023_conv.csv.gz": "ttft_p99=3s,itl_p99=100ms",
+    "azure2023_code.csv.gz": "ttft_p99=5s,itl_p99=100ms",
+    "mooncake_conversation.jsonl.gz": "ttft_p99=30s,itl_p99=100ms",
+    "mooncake_synthetic.jsonl.gz": "ttft_p99=30s,itl_p99=100ms",
+}
+
+
+def data_folder() -> Path:
+    root = Path(__file__).resolve().parents[1]
+    return Path(os.environ.get("TIERLINE_DATA", root.parent / "shared" / "data"))
+
+
+def baseline_s() -> float:
+    """Seconds of ten million additions: the speed of this machine today."""
+    started = time.perf_counter()
+    total = 0
+    for i in range(10_000_000):
+        total += i
+    assert total == 49_999_995_000_000
+    return time.perf_counter() - started
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--models", default=",".join(MODELS))
+    args = parser.parse_args()
+    warnings.simplefilter("error")
+    unit_s = baseline_s()
+    rows = []
+    for model in args.models.split(","):
+        for trace, slo in TRACES.items():
+            started = time.perf_counter()
+            answer = plan(model, trace=data_folder() / "traces" / trace, slo=slo)
+            took_s = time.perf_counter() - started
+            best = answer.recommended
+            assert best.pessimistic.point.meets(answer.question.levels)
+            rows.append(
+                {
+                    "model": model,
+                    "trace": trace,
+                    "seconds": round(took_s, 2),
+                    "baselines": round(took_s / unit_s, 1),
+                    "plan": best.name,
+                    "usd_per_year": best.pessimistic.usd_per_year,
+                }
+            )
+    seconds = [row["seconds"] for row in rows]
+    print(
+        json.dumps(
+            {
+                "benchmark": "plan",
+                "seconds_max": max(seconds),
+                "seconds_median": sorted(seconds)[len(seconds) // 2],
+                "baseline_s": round(unit_s, 2),
+                "budget_s": BUDGET_S,
+                "within_budget": max(seconds) <= BUDGET_S,
+                "plans": rows,
+                "python": platform.python_version(),
+                "machine": platform.machine(),
+            }
+        )
+    )
+
+
+if __name__ == "__main__":
+    main()
