@@ -239,14 +239,22 @@ def test_streams_differ_by_seed_and_by_name_and_repeat() -> None:
     assert draw(0, "arrivals") != draw(0, "lengths")
 
 
+def printed_under(hash_seed: str, code: str) -> bytes:
+    environment = {**os.environ, "PYTHONHASHSEED": hash_seed}
+    return subprocess.check_output([sys.executable, "-c", code], env=environment)
+
+
 def test_a_stream_does_not_depend_on_the_hash_seed() -> None:
     code = "from tierline.base.rng import stream; print(stream(7, 'a').integers(0, 2**60))"
 
-    def under(hash_seed: str) -> bytes:
-        environment = {**os.environ, "PYTHONHASHSEED": hash_seed}
-        return subprocess.check_output([sys.executable, "-c", code], env=environment)
+    assert printed_under("0", code) == printed_under("1", code)
 
-    assert under("0") == under("1")
+
+def test_two_hash_seeds_would_show_a_dependence() -> None:
+    """Negative control of every test that compares hash seeds 0 and 1."""
+    code = "print(list({'decode', 'prefill', 'queue', 'reuse'}), hash('tierline'))"
+
+    assert printed_under("0", code) != printed_under("1", code)
 
 
 # Errors
