@@ -1,0 +1,610 @@
+"""The pictures of a report: plain numbers in, a titled SVG and its table out.
+
+Every title states what the data says, and is computed from the data; every picture carries
+its numbers as a table, so that nothing is told by shape or colour alone. `figures` picks the
+numbers out of a plan; this module knows no plan.
+
+Blue is prompts and the chosen plan, green is outputs and KV, vermillion is a limit. Grey is
+everything else.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from tierline.base.units import format_bytes, format_seconds, format_usd, significant
+from tierline.planner.svg import (
+    LEFT,
+    RIGHT,
+    TOP,
+    WIDTH,
+    Axis,
+    box,
+    dot,
+    frame,
+    line,
+    mark_x,
+    mark_y,
+    path,
+    svg,
+    text,
+    x_axis,
+    y_axis,
+)
+
+PERCENTILES = (50, 95, 99)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Picture:
+    """One figure; without an `svg`, `note` says what would fill it and how."""
+
+    name: str  # its anchor on the page
+    title: str  # what it shows, as a sentence
+    svg: str = ""
+    note: str = ""
+    keys: tuple[tuple[str, str], ...] = ()  # legend: class and words
+    columns: tuple[str, ...] = ()
+    rows: tuple[tuple[str, ...], ...] = ()
+    findings: tuple[int, ...] = ()  # where its numbers are worked out
+
+
+# --- what comes in --------------------------------------------------------------------------
+
+
+def lengths(
+    inputs: Sequence[tuple[float, float]], outputs: Sequence[tuple[float, float]]
+) -> Picture:
+    """How many requests are longer than x: (tokens, share of requests that are longer)."""
+    series = (("prompt", "blue", inputs), ("output", "green", outputs))
+    shown = [(n, c, [(max(t, 1.0), s) for t, s in p if s > 0]) for n, c, p in series]
+    every = [t for _, _, points in shown for t, _ in points]
+    x = x_axis(min(every), max(every), "tokens of a request", log=True)
+    y = y_axis(0.001, 1.0, "share of requests that are longer", log=True, unit="%")
+    parts = frame(x, y)
+    medians = [_longer_than(points, 50) for _, _, points in shown]
+    for i, (_, colour, points) in enumerate(shown):
+        parts.append(path([(x.at(t), y.at(s)) for t, s in points], f"curve {colour}"))
+        right = medians[i] >= medians[1 - i]
+        for percent in PERCENTILES:
+            tokens = _longer_than(points, percent)
+            at_x, at_y = x.at(tokens), y.at(1 - percent / 100)
+            words = f"p{percent} {tokens:,.0f}"
+            parts.append(dot(at_x, at_y, f"dot {colour}", tip=f"{words} tokens"))
+            fits = (right and at_x < WIDTH - 90) or at_x < LEFT + 90
+            parts.append(
+                text(at_x + 8, at_y - 6, words, class_="halo")
+                if fits
+                else text(at_x - 8, at_y + 14, words, anchor="end", class_="halo")
+            )
+    median, tail = medians[0], _longer_than(shown[0][2], 99)
+    title = (
+        f"One prompt in a hundred exceeds {tail:,.0f} tokens, {significant(tail / median, 2)} "
+        f"times the median of {median:,.0f}"
+    )
+    percents = (25, 50, 75, 90, 95, 99, 99.9)
+    return Picture(
+        name="lengths",
+        title=title,
+        svg=svg(parts, label=title),
+        keys=(("blue", "prompt tokens"), ("green", "output tokens")),
+        columns=("percentile", "prompt tokens", "output tokens"),
+        rows=tuple(
+            (f"p{p:g}", *(f"{_longer_than(points, p):,.0f}" for _, _, points in shown))
+            for p in percents
+        ),
+        findings=(1,),
+    )
+
+
+def _longer_than(points: Sequence[tuple[float, float]], percent: float) -> float:
+    """The smallest length that at most 100 - `percent` of requests exceed."""
+    share = 1 - percent / 100
+    return next((t for t, s in points if s <= share + 1e-9), points[-1][0])
+
+
+def arrivals(rates_rps: Sequence[float], *, step_s: float, sized_rps: float) -> Picture:
+    """Requests per second over the trace, step by step, and the rate that is sized for."""
+    high = max(*rates_rps, sized_rps)
+    total_s = len(rates_rps) * step_s
+    unit_s, unit = (3600.0, "hours") if total_s > 7200 else (60.0, "minutes")
+    x = x_axis(0, total_s / unit_s, f"{unit} since the first request of the trace")
+    y = y_axis(0, high * 1.15, "requests/s")
+    parts = frame(x, y)
+    steps = [(i * step_s / unit_s, r) for i, r in enumerate(rates_rps)]
+    outline = [(x.at(t + d), y.at(r)) for t, r in steps for d in (0, step_s / unit_s)]
+    ground = [(outline[-1][0], y.start), (outline[0][0], y.start)]
+    parts.append(path([*outline, *ground], "area blue", closed=True))
+    parts.append(path(outline, "curve thin blue"))
+    peak = max(range(len(rates_rps)), key=lambda i: rates_rps[i])
+    at_x, at_y = x.at((peak + 0.5) * step_s / unit_s), y.at(rates_rps[peak])
+    words = f"peak {significant(rates_rps[peak])}"
+    right = at_x > WIDTH * 0.7
+    parts.append(dot(at_x, at_y, "dot blue", tip=f"{words} requests/s"))
+    parts.append(
+        text(
+            at_x - 8 if right else at_x + 8,
+            at_y - 7,
+            words,
+            anchor="end" if right else "start",
+            class_="halo",
+        )
+    )
+    at = y.at(sized_rps)
+    parts += [
+        line(x.start, at, x.end, at, "mark strong"),
+        text(x.end, at - 5, f"sized for {significant(sized_rps)}", anchor="end", class_="halo"),
+    ]
+    mean = sum(rates_rps) / len(rates_rps)
+    title = (
+        f"The busiest {_span(step_s)} brings {significant(rates_rps[peak])} requests/s, "
+        f"{significant(rates_rps[peak] / mean, 2)} times the mean"
+    )
+    return Picture(
+        name="arrivals",
+        title=title,
+        svg=svg(parts, label=title),
+        note="Time runs from the first request; the trace's own clock zone is not known.",
+        columns=("", "requests/s"),
+        rows=(
+            ("mean", significant(mean)),
+            (f"busiest {_span(step_s)}", significant(rates_rps[peak])),
+            ("sized for, growth applied", significant(sized_rps)),
+        ),
+        findings=(1,),
+    )
+
+
+def _span(step_s: float) -> str:
+    return "minute" if step_s == 60 else f"{significant(step_s / 60, 2)} minutes"
+
+
+# --- memory ---------------------------------------------------------------------------------
+
+
+def reuse(
+    points: Sequence[tuple[float, float]],
+    marks: Sequence[tuple[str, float]],
+    *,
+    ideal: float,
+) -> Picture:
+    """Hit rate against cached tokens, with what each tier of the fleet could hold."""
+    sizes = [s for s, _ in points if s > 0] + [s for _, s in marks if s > 0]
+    x = x_axis(max(min(sizes), max(sizes) / 1e6), max(sizes), "cached tokens", log=True)
+    y = y_axis(0, min(1.0, max(ideal * 1.6, 0.1)), "prompt tokens found", unit="%")
+    parts = frame(x, y)
+    seen = [(s, h) for s, h in points if s >= x.low]
+    last = [(x.at(x.high), y.at(ideal))]
+    parts.append(path([(x.at(s), y.at(h)) for s, h in seen] + last, "curve green"))
+    for row, (name, size) in enumerate(marks):
+        found = hit_rate_at(points, size)
+        parts.append(mark_x(x, y, size, f"{name}: {found:.0%}", row=row))
+        parts.append(
+            dot(
+                x.at(size), y.at(found), "dot green", tip=f"{name}: {size:,.0f} tokens, {found:.1%}"
+            )
+        )
+    name, size = marks[0]
+    first = hit_rate_at(points, size)
+    more = (
+        f"; more memory could find at most {ideal:.0%}"
+        if ideal - first > 0.005
+        else ", and more memory would find nothing more"
+    )
+    title = f"{name} finds {first:.0%} of prompt tokens already cached{more}"
+    return Picture(
+        name="reuse",
+        title=title,
+        svg=svg(parts, label=title),
+        note="One shared LRU cache of that size, replayed over the trace.",
+        columns=("holds the cache", "cached tokens", "prompt tokens found"),
+        rows=(
+            *((n, f"{s:,.0f}", f"{hit_rate_at(points, s):.1%}") for n, s in marks),
+            ("everything, for ever", f"{points[-1][0]:,.0f}", f"{ideal:.1%}"),
+        ),
+        findings=(8,),
+    )
+
+
+def hit_rate_at(points: Sequence[tuple[float, float]], size: float) -> float:
+    """The measured rate at the largest size that is not above `size`: a lower bound."""
+    return max((h for s, h in points if s <= size), default=0.0)
+
+
+PARTS = (
+    ("weights", "blue"),
+    ("KV pool", "green"),
+    ("activations", "orange"),
+    ("overhead", "grey"),
+)
+
+
+def memory(bars: Sequence[tuple[str, Mapping[str, float], float]]) -> Picture:
+    """Bytes on one GPU: (configuration, bytes by part, capacity); the first is the chosen one."""
+    step = 56
+    height = TOP + 22 + step * len(bars) + 44
+    widest = max(capacity for _, _, capacity in bars)
+    x = Axis(
+        low=0,
+        high=widest / 1e9,
+        log=False,
+        label="GB on one GPU",
+        start=8,
+        end=WIDTH - RIGHT,
+        ticks=x_axis(0, widest / 1e9, "").ticks,
+    )
+    ground = TOP + step * len(bars) + 8
+    parts = []
+    for value, words in x.ticks:
+        parts += [
+            line(x.at(value), TOP, x.at(value), ground, "grid"),
+            text(x.at(value), ground + 18, words, anchor="middle", class_="tick"),
+        ]
+    for row, (name, sizes, capacity) in enumerate(bars):
+        top = TOP + step * row
+        parts.append(text(x.start, top + 12, name, class_="t strong" if row == 0 else "t"))
+        left = x.start
+        for part, colour in PARTS:
+            right = left + x.at(sizes[part] / 1e9) - x.start
+            tip = f"{part}: {format_bytes(sizes[part])}"
+            parts.append(box(left, top + 18, right - left, 22, f"fill {colour}", tip=tip))
+            left = right
+        at = x.at(capacity / 1e9)
+        parts.append(line(at, top + 14, at, top + 44, "limit solid"))
+    parts.append(text((x.start + x.end) / 2, ground + 37, x.label, anchor="middle", class_="axis"))
+    _, chosen, capacity = bars[0]
+    title = (
+        f"Weights take {chosen['weights'] / capacity:.0%} of each GPU; "
+        f"{format_bytes(chosen['KV pool'])} are left for KV"
+    )
+    names = [part for part, _ in PARTS]
+    return Picture(
+        name="memory",
+        title=title,
+        svg=svg(parts, label=title, height=height),
+        keys=(*((colour, part) for part, colour in PARTS), ("limit", "capacity")),
+        columns=("configuration", *(f"{n} GB" for n in names), "capacity GB"),
+        rows=tuple(
+            (name, *(significant(sizes[n] / 1e9) for n in names), significant(capacity / 1e9))
+            for name, sizes, capacity in bars
+        ),
+        findings=(4, 6),
+    )
+
+
+# --- what binds -----------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class WorkPoint:
+    """One kind of step on one GPU: its arithmetic intensity and the rate it reaches."""
+
+    kind: str  # prefill or decode
+    size: int  # tokens of a chunk, or sequences
+    intensity: float  # FLOP per byte
+    flops_per_s: float
+    step_s: float
+
+
+def roofline(
+    points: Sequence[WorkPoint], *, peak_flops_per_s: float, bytes_per_s: float, math: str
+) -> Picture:
+    """The roof of one GPU and where prefill and decode sit under it."""
+    ridge = peak_flops_per_s / bytes_per_s
+    low = min(min(p.intensity for p in points), ridge / 10)
+    high = max(max(p.intensity for p in points), ridge) * 3
+    x = x_axis(low / 1.5, high, "FLOP per byte moved", log=True)
+    floor = min(min(p.flops_per_s for p in points), low * bytes_per_s / 4)
+    y = y_axis(floor / 1.5e12, peak_flops_per_s * 1.8 / 1e12, "TFLOP/s of one GPU", log=True)
+    parts = frame(x, y)
+    roof = [(x.low, x.low * bytes_per_s), (ridge, peak_flops_per_s), (x.high, peak_flops_per_s)]
+    parts.append(path([(x.at(i), y.at(f / 1e12)) for i, f in roof], "curve roof"))
+    words = f"{math} peak {significant(peak_flops_per_s / 1e12)}"
+    parts.append(text(x.end, y.at(peak_flops_per_s / 1e12) - 6, words, anchor="end", class_="halo"))
+    for kind, colour in (("decode", "green"), ("prefill", "blue")):
+        mine = [p for p in points if p.kind == kind]
+        track = [(x.at(p.intensity), y.at(p.flops_per_s / 1e12)) for p in mine]
+        parts.append(path(track, f"curve thin {colour}"))
+        for p, (at_x, at_y) in zip(mine, track, strict=True):
+            unit = "tokens" if kind == "prefill" else "sequences"
+            tip = f"{kind}, {p.size:,} {unit}: {format_seconds(p.step_s)}"
+            parts.append(dot(at_x, at_y, f"dot {colour}", tip=tip))
+        for p, (at_x, at_y) in ((mine[0], track[0]), (mine[-1], track[-1])):
+            below = at_y + 18 if kind == "prefill" else at_y + 4
+            shift, anchor = (0, "middle") if kind == "prefill" else (9, "start")
+            parts.append(text(at_x + shift, below, f"{p.size:,}", anchor=anchor, class_="halo"))
+    decode = [p for p in points if p.kind == "decode"][-1]
+    prefill = [p for p in points if p.kind == "prefill"][-1]
+    bound = "memory" if decode.intensity < ridge else "compute"
+    title = (
+        f"Decode at {decode.size:,} sequences is bound by {bound}; prefill reaches "
+        f"{prefill.flops_per_s / peak_flops_per_s:.0%} of peak math"
+    )
+    return Picture(
+        name="roofline",
+        title=title,
+        svg=svg(parts, label=title),
+        note=f"The roof bends at {significant(ridge)} FLOP per byte. Points come from the step "
+        "law that prices the plan; datasheet rates make the roof.",
+        keys=(("green", "decode, by sequences"), ("blue", "prefill, by chunk tokens")),
+        columns=("step", "size", "FLOP/byte", "TFLOP/s", "of attainable", "step ms"),
+        rows=tuple(
+            (
+                p.kind,
+                f"{p.size:,}",
+                significant(p.intensity),
+                significant(p.flops_per_s / 1e12),
+                f"{p.flops_per_s / min(peak_flops_per_s, p.intensity * bytes_per_s):.0%}",
+                significant(p.step_s * 1e3),
+            )
+            for p in points
+        ),
+        findings=(2, 9),
+    )
+
+
+# --- which plan, how much load --------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Choice:
+    """One plan among others."""
+
+    name: str
+    usd_per_year: float
+    ttft_p99_s: float
+    on_front: bool
+    why_not: str  # empty for the chosen one
+
+
+def pareto(choices: Sequence[Choice], *, limit_s: float | None) -> Picture:
+    """Cost against TTFT p99; the first is the chosen one, the next two are named."""
+    costs = [c.usd_per_year for c in choices]
+    times = [c.ttft_p99_s for c in choices] + ([limit_s] if limit_s else [])
+    wide = max(costs) / min(costs) > 4
+    x = x_axis(
+        min(costs) * 0.85 if wide else 0, max(costs) * 1.08, "cost of a year", log=wide, unit="$"
+    )
+    tall = max(times) / min(times) > 4
+    y = y_axis(
+        min(times) * 0.8 if tall else 0, max(times) * 1.15, "TTFT p99 at peak", log=tall, unit="s"
+    )
+    parts = frame(x, y)
+    if limit_s:
+        parts.append(mark_y(x, y, limit_s, f"limit {format_seconds(limit_s)}"))
+    marks = []
+    for i, choice in reversed(list(enumerate(choices))):
+        at_x, at_y = x.at(choice.usd_per_year), y.at(choice.ttft_p99_s)
+        tip = (
+            f"{choice.name}: {format_usd(choice.usd_per_year)}, {format_seconds(choice.ttft_p99_s)}"
+        )
+        class_ = "dot blue" if i == 0 else "dot ring" if choice.on_front else "dot grey"
+        parts.append(dot(at_x, at_y, class_, tip=tip, radius=7 if i == 0 else 5))
+        if i < 3:
+            marks.append(
+                text(at_x + 9, at_y + 18 - 13 * (i % 2) * 2, "ABC"[i], class_="halo strong")
+            )
+    parts += marks
+    best = choices[0]
+    rivals = choices[1:3]
+    title = f"The cheapest plan costs {format_usd(best.usd_per_year)} a year" + (
+        f"; the next one {format_usd(min(c.usd_per_year for c in rivals))}" if rivals else ""
+    )
+    note = " ".join(
+        f"{'ABC'[i]}: {c.name}{' (chosen)' if i == 0 else ' — not chosen: ' + c.why_not}."
+        for i, c in enumerate(choices[:3])
+    )
+    return Picture(
+        name="pareto",
+        title=title,
+        svg=svg(parts, label=title),
+        note=note,
+        keys=(("blue", "chosen"), ("ring", "no other is better in all"), ("grey", "dominated")),
+        columns=("plan", "$ a year", "TTFT p99", "why not"),
+        rows=tuple(
+            (
+                c.name,
+                format_usd(c.usd_per_year),
+                format_seconds(c.ttft_p99_s),
+                c.why_not or "chosen",
+            )
+            for c in choices[:12]
+        ),
+        findings=(2, 12),
+    )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LatencyPoint:
+    """One latency of one instance at one rate, with its band. Seconds."""
+
+    rate_rps: float
+    p50_s: float
+    p99_s: float
+    low_s: float
+    high_s: float | None  # None: the pessimistic instance cannot keep up
+
+
+def latency(
+    metric: str,
+    points: Sequence[LatencyPoint],
+    *,
+    limit_s: float | None,
+    marks: Sequence[tuple[str, float]],
+    findings: tuple[int, ...] = (7, 10),
+) -> Picture:
+    """p50 and p99 of `metric` against the rate of one instance; the band is shaded."""
+    # Close to saturation p99 grows without end; the picture is about what lies before.
+    ceiling = max((limit_s or 0) * 3, points[0].p99_s * 4)
+    top = min(max(p.p99_s for p in points), ceiling)
+    low = min(p.p50_s for p in points)
+    top = max(top, (limit_s or 0) * 1.3, low * 2)
+    x = x_axis(0, points[-1].rate_rps, "requests/s of one instance")
+    y = y_axis(low * 0.6, top * 1.5, f"{metric} (log)", log=True, unit="s")
+    parts = frame(x, y)
+    upper = [(x.at(p.rate_rps), y.at(p.high_s or y.high)) for p in points]
+    lower = [(x.at(p.rate_rps), y.at(p.low_s)) for p in points]
+    parts.append(path([*upper, *reversed(lower)], "area blue", closed=True))
+    if limit_s:
+        parts.append(mark_y(x, y, limit_s, f"limit {format_seconds(limit_s)}"))
+    for row, (name, rate) in enumerate(marks):
+        parts.append(mark_x(x, y, rate, f"{name} {significant(rate)}", row=row))
+    for class_, values in (
+        ("curve thin blue dashed", [p.p50_s for p in points]),
+        ("curve blue", [p.p99_s for p in points]),
+    ):
+        shown = [(p.rate_rps, v) for p, v in zip(points, values, strict=True) if v <= y.high]
+        parts.append(path([(x.at(r), y.at(v)) for r, v in shown], class_))
+    return Picture(
+        name=metric.casefold(),
+        title=(title := _latency_title(metric, points, limit_s)),
+        svg=svg(parts, label=title),
+        note="The shaded band is p99 between the optimistic and the pessimistic edge.",
+        keys=(("blue", f"{metric} p99, with its band"), ("blue dashed", f"{metric} p50")),
+        columns=("requests/s", "p50", "p99", "p99 optimistic", "p99 pessimistic"),
+        rows=tuple(
+            (
+                significant(p.rate_rps),
+                format_seconds(p.p50_s),
+                format_seconds(p.p99_s),
+                format_seconds(p.low_s),
+                format_seconds(p.high_s) if p.high_s is not None else "cannot keep up",
+            )
+            for p in points
+        ),
+        findings=findings,
+    )
+
+
+def _latency_title(metric: str, points: Sequence[LatencyPoint], limit_s: float | None) -> str:
+    if limit_s is None:
+        return (
+            f"{metric} p99 goes from {format_seconds(points[0].p99_s)} idle to "
+            f"{format_seconds(points[-1].p99_s)} at {significant(points[-1].rate_rps)} requests/s"
+        )
+    over = next((p for p in points if p.p99_s > limit_s), None)
+    if over is None:
+        return (
+            f"{metric} p99 stays under its {format_seconds(limit_s)} limit up to saturation at "
+            f"{significant(points[-1].rate_rps)} requests/s an instance"
+        )
+    before = max((p.rate_rps for p in points if p.p99_s <= limit_s), default=0.0)
+    return (
+        f"{metric} p99 leaves its {format_seconds(limit_s)} limit between {significant(before)} "
+        f"and {significant(over.rate_rps)} requests/s an instance"
+    )
+
+
+# --- money ----------------------------------------------------------------------------------
+
+
+def cost_by_load(points: Sequence[tuple[float, float]], *, used: float) -> Picture:
+    """Dollars per million tokens of a fixed fleet against the share of it that is used."""
+    low, high = min(c for _, c in points), max(c for _, c in points)
+    x = x_axis(0, 1, "share of the usable rate that is offered", unit="%")
+    y = y_axis(low * 0.7, high * 1.2, "per million tokens (log)", log=True, unit="$")
+    parts = frame(x, y)
+    parts.append(path([(x.at(s), y.at(c)) for s, c in points], "curve blue"))
+    parts += [
+        dot(x.at(s), y.at(c), "dot blue", tip=f"{s:.0%}: {format_usd(c)}", radius=3)
+        for s, c in points
+    ]
+    full = points[-1][1] * points[-1][0]
+    now = full / used
+    parts.append(mark_x(x, y, used, f"this trace on average, {used:.0%}: {format_usd(now)}"))
+    title = (
+        f"At the average load of {used:.0%} a million tokens cost {format_usd(now)}; "
+        f"a full fleet would make them for {format_usd(full)}"
+    )
+    return Picture(
+        name="cost",
+        title=title,
+        svg=svg(parts, label=title),
+        note="The fleet is paid for whether it works or not.",
+        columns=("load", "$ per million tokens"),
+        rows=tuple((f"{s:.0%}", format_usd(c)) for s, c in points),
+        findings=(12,),
+    )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Swing:
+    """What one changed input does to the cost of a year."""
+
+    name: str
+    usd_per_year: float | None  # None: nothing keeps the promises then
+    outcome: str
+    changes_choice: bool
+
+
+def tornado(swings: Sequence[Swing], *, base_usd: float) -> Picture:
+    """Bars from the plan's cost to the cost after each change, the largest swing first."""
+    known = [s for s in swings if s.usd_per_year is not None]
+    ranked = sorted(known, key=lambda s: -abs((s.usd_per_year or 0) - base_usd))
+    ranked += [s for s in swings if s.usd_per_year is None]
+    step, top = 40, TOP + 6
+    height = top + step * len(ranked) + 44
+    costs = [base_usd, *(s.usd_per_year or 0 for s in known)]
+    spread = max(max(costs) - min(costs), base_usd * 0.1)
+    low, high = max(min(costs) - spread * 0.15, 0), max(costs) + spread * 0.35
+    ticks = x_axis(low, high, "", unit="$").ticks
+    x = Axis(
+        low=low,
+        high=high,
+        log=False,
+        label="",
+        ticks=ticks[:: max(len(ticks) // 4, 1)],
+        start=14,
+        end=WIDTH - RIGHT,
+    )
+    ground = top + step * len(ranked)
+    parts = []
+    for value, words in x.ticks:
+        parts += [
+            line(x.at(value), top, x.at(value), ground, "grid"),
+            text(x.at(value), ground + 18, words, anchor="middle", class_="tick"),
+        ]
+    for row, swing in enumerate(ranked):
+        y = top + step * row
+        parts.append(text(x.start, y + 13, swing.name, class_="halo"))
+        cost = swing.usd_per_year
+        if cost is None:
+            parts.append(text(x.start, y + 30, swing.outcome, class_="halo strong"))
+            continue
+        left, right = sorted((x.at(cost), x.at(base_usd)))
+        fill = "fill orange" if cost > base_usd else "fill blue"
+        tip = f"{swing.name}: {format_usd(cost)}"
+        parts.append(box(left, y + 19, max(right - left, 2), 14, fill, tip=tip))
+        words = f"{(cost / base_usd - 1):+.0%}" if cost != base_usd else "no change"
+        words += ", another choice" if swing.changes_choice else ""
+        roomy = right < x.end - 150
+        parts.append(
+            text(right + 6, y + 31, words, class_="halo")
+            if roomy
+            else text(left - 6, y + 31, words, anchor="end", class_="halo")
+        )
+    parts.append(line(x.at(base_usd), top, x.at(base_usd), ground, "mark strong"))
+    label = f"cost of a year; the plan costs {format_usd(base_usd)}"
+    parts.append(text((x.start + x.end) / 2, ground + 37, label, anchor="middle", class_="axis"))
+    title = _tornado_title(ranked, base_usd)
+    return Picture(
+        name="sensitivity",
+        title=title,
+        svg=svg(parts, label=title, height=height),
+        note="One input moved at a time, everything sized again.",
+        columns=("what changes", "$ a year", "then"),
+        rows=tuple(
+            (s.name, format_usd(s.usd_per_year) if s.usd_per_year is not None else "–", s.outcome)
+            for s in ranked
+        ),
+        findings=(11, 12),
+    )
+
+
+def _tornado_title(ranked: Sequence[Swing], base_usd: float) -> str:
+    switching = [s.name for s in ranked if s.changes_choice]
+    flips = f"; the choice changes with: {', '.join(switching)}" if switching else ""
+    worst = ranked[0]
+    if worst.usd_per_year is None:
+        return f"{worst.name}: {worst.outcome}"
+    moved = worst.usd_per_year / base_usd - 1
+    return f"{worst.name} moves the cost most, by {moved:+.0%}{flips or '; no change tried alters the choice'}"
