@@ -1,30 +1,33 @@
 """How one instance behaves under load: the seam between the planner and whatever predicts.
 
-`operating_point` answers for a rate; `load_curve` and `usable_rate` only call it. It is a
-queueing model in closed form; a simulation of the same instance has the same signature
-and can take its place.
+`operating_point` answers for a rate; `usable_rate`, `at_concurrency` and `load_curve` walk
+along the same states. It is a queueing model in closed form; a simulation of the same
+instance has the same signature and can take its place.
 
-The model. Prompts arrive at `rate` and are computed in chunks of at most `chunk_tokens`
-beside the running decodes. A step with a chunk lasts T_m, one without T_d; both grow with
-the n sequences that decode. Decoding sequences obey Little's law, n = rate x outputs x T,
-with T the mean gap between two tokens of a stream; its smallest solution is the state the
-instance settles in. Prompt work is a single server: it is busy a share `busy` of the time,
-and a new prompt waits behind it as in M/G/1 with Kingman's correction for bursty arrivals;
-the tail of that wait is exponential. Batching is bounded by KV blocks, by slots, and by
-the stability of both queues, and the point names the bound that is nearest.
+The model. What an instance does is set by how many sequences decode, so states are walked
+by `running`, and the rate follows: by Little's law n = rate x outputs x gap, where `gap`
+is the mean time between two tokens of a stream. Prompts are computed in steps of at most
+`chunk_tokens`, beside the decodes (a step of T_m seconds instead of T_d) or, for engines
+that do not mix, in steps of their own while decodes wait. Prompt work is a single server:
+busy a share of the time, and a new prompt waits behind it as in M/G/1 with Kingman's
+correction for bursty arrivals; that wait's tail is exponential. A prompt shorter than a
+chunk shares its step with the others that came during the last one. Batching is bounded
+by KV blocks, by slots, and by prompt compute, and the point names the bound that is nearest.
 
 What it leaves out, and the band must cover: shedding, preemption, priorities, and the
 correlation of long prompts with each other.
 """
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from tierline.perf.step import EngineProfile, StepCost
 from tierline.workload.slo import ServiceLevel
 
-CONVERGED = 1e-3
-ROUNDS_MAX = 40
+PRECISION = 1.005  # ratio at which a search over states stops
+ROUNDS = 4  # of the inner fixed point between rate and tokens of a mixed step
+RATE_MIN_RPS = 1e-4
 Z99 = 2.326  # one-sided 99 % of a normal: memory must hold the busy moments, not the mean
 
 
@@ -47,6 +50,11 @@ class Demand:
     def output_mean(self) -> float:
         """Mean output tokens."""
         return sum(self.output_tokens) / len(self.output_tokens)
+
+    @property
+    def fresh_mean(self) -> float:
+        """Mean prompt tokens that must be computed."""
+        return max(self.input_mean * (1 - self.hit_rate), 1.0)
 
     @property
     def context_mean(self) -> float:
@@ -75,12 +83,13 @@ class OperatingPoint:
     step_s: float  # mean gap between two tokens of a stream
     decode_step_s: float
     mixed_step_s: float
-    mixed_share: float  # of the steps that carry prompt tokens
+    mixed_share: float  # of the gaps in which prompt tokens are computed
     mixed_tokens: float  # prompt tokens that such a step carries on average
     busy: float  # share of time with prompt work
-    wait_mean_s: float
+    queue_s: float  # mean wait behind other prompts
+    notice_s: float  # mean time until a step begins that can see the request
     prompts_s: tuple[float, ...]  # own prefill time of each equally likely prompt
-    chunk_step_s: float  # a step with a full chunk
+    chunk_step_s: float  # a gap with a full chunk in it
     kv_share: float  # of the KV pool, in a busy moment
     slot_share: float
     host_s: float
@@ -101,11 +110,20 @@ class OperatingPoint:
         }
         return max(shares, key=lambda name: shares[name])
 
+    @property
+    def wait_mean_s(self) -> float:
+        """Mean time from arrival to the first step with the request's own tokens."""
+        return self.queue_s + self.notice_s
+
     def ttft_s(self, percentile: float) -> float:
-        """A percentile of the time to first token: exponential wait plus the prompt's own time."""
+        """A percentile of the time to first token.
+
+        Queueing is exponential where it happens at all (a share `busy` of arrivals); the
+        wait to be noticed is uniform and taken at the same percentile.
+        """
         level = percentile / 100
-        low, high = 0.0, max(self.prompts_s) + self.wait_mean_s * 12 / max(self.busy, 1e-9) + 1e-6
-        decay = self.busy / self.wait_mean_s if self.wait_mean_s > 0 else math.inf
+        decay = self.busy / self.queue_s if self.queue_s > 0 else math.inf
+        low, high = 0.0, max(self.prompts_s) + 12 / decay + 1e-6
         for _ in range(30):
             middle = (low + high) / 2
             late = 0.0
@@ -116,7 +134,7 @@ class OperatingPoint:
                 low = middle
             else:
                 high = middle
-        return high + self.host_s
+        return high + 2 * level * self.notice_s + self.host_s
 
     def itl_s(self, percentile: float) -> float:
         """A percentile of the gap between two tokens of a stream."""
@@ -161,125 +179,12 @@ class OperatingPoint:
 
 def operating_point(instance: Instance, demand: Demand, rate_rps: float) -> OperatingPoint | None:
     """Where `instance` settles at `rate_rps`, or None when it cannot keep up."""
-    running = 0.0
-    before: tuple[float, float] | None = None
-    for _ in range(ROUNDS_MAX):
-        mix = _mix(instance, demand, rate_rps, running)
-        if mix is None:
-            return None
-        following = rate_rps * demand.output_mean * mix.gap_s
-        if abs(following - running) <= CONVERGED * max(running, 0.1):
-            return _point(instance, demand, rate_rps, following, mix)
-        running, before = _secant(running, following, before), (running, following)
-        if running > instance.sequences_max:
-            return None
-    return None
 
+    def slow_enough(point: OperatingPoint) -> bool:
+        return point.rate_rps <= rate_rps
 
-def _secant(x: float, fx: float, before: tuple[float, float] | None) -> float:
-    """Next guess for the smallest fixed point of a rising map, coming from below."""
-    if before is None or x == before[0]:
-        return fx
-    slope = (fx - before[1]) / (x - before[0])
-    if slope >= 1:  # runs away: no state to settle in below here
-        return fx * 2 + 1
-    return max(fx, x + (fx - x) / (1 - slope)) if slope > 0 else fx
-
-
-@dataclass(frozen=True, slots=True)
-class _Mix:
-    """Steps with and without prompt tokens while `running` sequences decode."""
-
-    gap_s: float
-    decode_s: float
-    mixed_s: float
-    mixed_share: float
-    mixed_tokens: float
-    busy: float
-    work_mean_s: float
-    work_cv2: float
-    prompts_s: tuple[float, ...]
-    chunk_s: float
-
-
-def _mix(instance: Instance, demand: Demand, rate_rps: float, running: float) -> _Mix | None:
-    decodes = min(max(math.ceil(running), 1), instance.sequences_max)
-    context = decodes * demand.context_mean
-    step_s, chunk = instance.cost.step_s, instance.chunk_tokens
-    decode_s = step_s(decodes, context)
-    beside = decodes if instance.engine.mixes_prefill else 0
-    cached = context if beside else 0.0
-    apart_s = 0.0 if beside else decode_s
-    own_s: list[float] = []
-    work_s: list[float] = []
-    for tokens in demand.input_tokens:
-        fresh = max(tokens * (1 - demand.hit_rate), 1.0)
-        chunks = max(math.ceil(fresh / chunk), 1)
-        pairs = fresh * (tokens - fresh / 2) / chunks
-        one_s = step_s(beside, cached, math.ceil(fresh / chunks), pairs)
-        compute_s = chunks * (one_s + apart_s) - apart_s
-        own_s.append(compute_s + tokens * demand.reload_s_per_token)  # loads do not hold up steps
-        # Short prompts share a step, so their work is a share of a full one.
-        full_s = step_s(beside, cached, chunk, pairs) if chunks == 1 else one_s
-        work_s.append(min(compute_s, full_s * fresh / chunk) if chunks == 1 else compute_s)
-    work_mean_s = _mean(work_s)
-    if rate_rps * work_mean_s >= 1:
-        return None
-    busy = max(rate_rps * work_mean_s, 1 - math.exp(-rate_rps * _mean(own_s)))
-    chunk_pairs = chunk * max(demand.context_mean, chunk / 2)
-    chunk_s = step_s(beside, cached, chunk, chunk_pairs) + apart_s
-    fresh_rate = rate_rps * demand.input_mean * (1 - demand.hit_rate)
-    mixed_s = own_s[len(own_s) // 2]
-    for _ in range(3):
-        tokens_in_step = min(max(fresh_rate * mixed_s / busy, 1.0), chunk)
-        pairs = tokens_in_step * demand.input_mean / 2
-        mixed_s = step_s(beside, cached, math.ceil(tokens_in_step), pairs) + apart_s
-    steps_per_s = busy / mixed_s + (1 - busy) / decode_s
-    squares = sum(w * w for w in work_s) / len(work_s)
-    return _Mix(
-        gap_s=1 / steps_per_s,
-        decode_s=decode_s,
-        mixed_s=mixed_s,
-        mixed_share=busy / mixed_s / steps_per_s,
-        mixed_tokens=tokens_in_step,
-        busy=busy,
-        work_mean_s=work_mean_s,
-        work_cv2=max(squares / work_mean_s**2 - 1, 0.0),
-        prompts_s=tuple(own_s),
-        chunk_s=max(chunk_s, mixed_s),
-    )
-
-
-def _point(
-    instance: Instance, demand: Demand, rate_rps: float, running: float, mix: _Mix
-) -> OperatingPoint | None:
-    load = rate_rps * mix.work_mean_s
-    wait_s = (
-        load / (1 - load) * (demand.arrival_cv2 + mix.work_cv2) / 2 * mix.work_mean_s
-        + mix.gap_s * (1 + instance.engine.wait_steps) / 2
-    )
-    busy_moment = running + Z99 * math.sqrt(max(running, 0.0) * max(demand.arrival_cv2, 1.0))
-    kv_share = (busy_moment * demand.context_mean + demand.input_mean) / instance.kv_tokens
-    slot_share = busy_moment / instance.sequences_max
-    if max(kv_share, slot_share) > 1:
-        return None
-    return OperatingPoint(
-        rate_rps=rate_rps,
-        running=running,
-        step_s=mix.gap_s,
-        decode_step_s=mix.decode_s,
-        mixed_step_s=mix.mixed_s,
-        mixed_share=mix.mixed_share,
-        mixed_tokens=mix.mixed_tokens,
-        busy=mix.busy,
-        wait_mean_s=wait_s,
-        prompts_s=mix.prompts_s,
-        chunk_step_s=mix.chunk_s,
-        kv_share=kv_share,
-        slot_share=slot_share,
-        host_s=instance.engine.host_s,
-        output_tokens=demand.output_tokens,
-    )
+    point = _last_state(instance, demand, slow_enough)
+    return point if point is not None and point.rate_rps * PRECISION**2 >= rate_rps else None
 
 
 def usable_rate(
@@ -287,25 +192,10 @@ def usable_rate(
 ) -> OperatingPoint | None:
     """The point of highest rate that keeps every promise, or None when no rate does."""
 
-    def good(rate_rps: float) -> OperatingPoint | None:
-        point = operating_point(instance, demand, rate_rps)
-        return point if point is not None and point.meets(levels) else None
+    def kept(point: OperatingPoint) -> bool:
+        return point.meets(levels)
 
-    low_rps = 1e-3
-    best = good(low_rps)
-    if best is None:
-        return None
-    high_rps = low_rps
-    while (point := good(high_rps * 4)) is not None:
-        best, high_rps = point, high_rps * 4
-    low_rps, high_rps = high_rps, high_rps * 4
-    while high_rps / low_rps > 1.01:
-        middle_rps = math.sqrt(low_rps * high_rps)
-        if (point := good(middle_rps)) is not None:
-            best, low_rps = point, middle_rps
-        else:
-            high_rps = middle_rps
-    return best
+    return _last_state(instance, demand, kept)
 
 
 def saturated_rate(instance: Instance, demand: Demand) -> OperatingPoint | None:
@@ -315,24 +205,11 @@ def saturated_rate(instance: Instance, demand: Demand) -> OperatingPoint | None:
 
 def at_concurrency(instance: Instance, demand: Demand, clients: int) -> OperatingPoint | None:
     """The point at which `clients` that send again at once keep `clients` requests in flight."""
-    low_rps, high_rps = 1e-4, 1e-4
-    best = operating_point(instance, demand, low_rps)
 
-    def in_flight(point: OperatingPoint) -> float:
-        return point.rate_rps * point.e2e_mean_s
+    def few_enough(point: OperatingPoint) -> bool:
+        return point.rate_rps * point.e2e_mean_s <= clients
 
-    while (point := operating_point(instance, demand, high_rps)) is not None:
-        if in_flight(point) >= clients:
-            break
-        best, low_rps, high_rps = point, high_rps, high_rps * 4
-    for _ in range(24):
-        middle_rps = math.sqrt(low_rps * high_rps)
-        point = operating_point(instance, demand, middle_rps)
-        if point is not None and in_flight(point) <= clients:
-            best, low_rps = point, middle_rps
-        else:
-            high_rps = middle_rps
-    return best
+    return _last_state(instance, demand, few_enough)
 
 
 def load_curve(
@@ -342,6 +219,178 @@ def load_curve(
     rates = (rate_max_rps * (i + 1) / points for i in range(points))
     curve = (operating_point(instance, demand, rate) for rate in rates)
     return [point for point in curve if point is not None]
+
+
+def _last_state(
+    instance: Instance,
+    demand: Demand,
+    keeps: Callable[[OperatingPoint], bool],
+) -> OperatingPoint | None:
+    """The busiest state that exists and `keeps`, which holds up to some state and not beyond."""
+
+    def good(running: float) -> OperatingPoint | None:
+        point = _state(instance, demand, running)
+        return point if point is not None and keeps(point) else None
+
+    low = high = RATE_MIN_RPS * demand.output_mean * instance.cost.step_s(1, demand.context_mean)
+    best = good(low)
+    if best is None:
+        return None
+    while (point := good(high * 8)) is not None:
+        best, low, high = point, high * 8, high * 8
+    high *= 8
+    while high / low > PRECISION:
+        middle = math.sqrt(low * high)
+        if (point := good(middle)) is not None:
+            best, low = point, middle
+        else:
+            high = middle
+    return best
+
+
+# --- one state --------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class _Prompts:
+    """What the demand's prompts cost while `decodes` sequences decode."""
+
+    own_s: tuple[float, ...]  # alone, first chunk to last
+    work_mean_s: float  # of the prompt server's time, sharing steps where prompts are short
+    work_cv2: float
+    single_chunk: tuple[bool, ...]
+
+
+def _prompts(instance: Instance, demand: Demand, decodes: int) -> _Prompts:
+    step_s, chunk = instance.cost.step_s, instance.chunk_tokens
+    beside, cached = _beside(instance, demand, decodes)
+    own_s: list[float] = []
+    work_s: list[float] = []
+    for tokens in demand.input_tokens:
+        fresh = max(tokens * (1 - demand.hit_rate), 1.0)
+        chunks = math.ceil(fresh / chunk)
+        pairs = fresh * (tokens - fresh / 2)
+        own = chunks * step_s(beside, cached, math.ceil(fresh / chunks), pairs / chunks)
+        full = step_s(beside, cached, chunk, pairs * chunk / fresh)
+        own_s.append(own)
+        work_s.append(min(full * fresh / chunk, own))
+    mean_s = _mean(work_s)
+    squares = _mean([w * w for w in work_s])
+    return _Prompts(
+        own_s=tuple(own_s),
+        work_mean_s=mean_s,
+        work_cv2=max(squares / mean_s**2 - 1, 0.0),
+        single_chunk=tuple(t * (1 - demand.hit_rate) <= chunk for t in demand.input_tokens),
+    )
+
+
+def _beside(instance: Instance, demand: Demand, decodes: int) -> tuple[int, float]:
+    """Sequences, and their cached tokens, that decode in a step with prompt tokens."""
+    return (decodes, decodes * demand.context_mean) if instance.engine.mixes_prefill else (0, 0.0)
+
+
+def _state(instance: Instance, demand: Demand, running: float) -> OperatingPoint | None:
+    """The state in which `running` sequences decode on average, or None where there is none."""
+    if running > instance.sequences_max:
+        return None
+    decodes = max(math.ceil(running), 1)
+    decode_s = instance.cost.step_s(decodes, decodes * demand.context_mean)
+    # Between whole batch sizes the step is read off the line, so that states vary smoothly.
+    if 1 < running < decodes:
+        below_s = instance.cost.step_s(decodes - 1, (decodes - 1) * demand.context_mean)
+        decode_s -= (decode_s - below_s) * (decodes - running)
+    prompts = _prompts(instance, demand, decodes)
+    mixes = instance.engine.mixes_prefill
+    alone_s = _mean(prompts.own_s)
+    tokens, mixed_s = _mixed_step(instance, demand, decodes, demand.fresh_mean)
+    busy_s, rate_rps = prompts.work_mean_s, 0.0  # busy seconds of one prompt
+    for _ in range(ROUNDS):
+        progress = min(decode_s / mixed_s, 1.0) if mixes else 0.0
+        rate_rps = 1 / (decode_s * demand.output_mean / running + busy_s * (1 - progress))
+        busy_s = max(prompts.work_mean_s, -math.expm1(-rate_rps * alone_s) / rate_rps)
+        tokens, mixed_s = _mixed_step(
+            instance, demand, decodes, demand.fresh_mean * mixed_s / busy_s
+        )
+    if rate_rps * prompts.work_mean_s >= 1:
+        return None
+    busy = min(rate_rps * busy_s, 1.0)
+    return _point(
+        instance,
+        demand,
+        _Mix(running, rate_rps, decode_s, mixed_s, tokens, busy, prompts),
+    )
+
+
+def _mixed_step(
+    instance: Instance, demand: Demand, decodes: int, tokens: float
+) -> tuple[float, float]:
+    """Prompt tokens of a step, bounded by the chunk, and the seconds of such a step."""
+    beside, cached = _beside(instance, demand, decodes)
+    tokens = min(max(tokens, 1.0), instance.chunk_tokens)
+    pairs = tokens * max(demand.input_mean - demand.fresh_mean / 2, tokens / 2)
+    return tokens, instance.cost.step_s(beside, cached, math.ceil(tokens), pairs)
+
+
+@dataclass(frozen=True, slots=True)
+class _Mix:
+    """Steps with and without prompt tokens in one state."""
+
+    running: float
+    rate_rps: float
+    decode_s: float
+    mixed_s: float
+    mixed_tokens: float
+    busy: float
+    prompts: _Prompts
+
+
+def _point(instance: Instance, demand: Demand, mix: _Mix) -> OperatingPoint | None:
+    prompts, rate_rps = mix.prompts, mix.rate_rps
+    busy_moment = mix.running + Z99 * math.sqrt(mix.running * max(demand.arrival_cv2, 1.0))
+    kv_share = (busy_moment * demand.context_mean + demand.input_mean) / instance.kv_tokens
+    slot_share = busy_moment / instance.sequences_max
+    if max(kv_share, slot_share) > 1:
+        return None
+    load = rate_rps * prompts.work_mean_s
+    residual_s = (1 + prompts.work_cv2) / 2 * prompts.work_mean_s  # of work in progress
+    burst = (demand.arrival_cv2 + prompts.work_cv2) / (1 + prompts.work_cv2)
+    gap_s = mix.running / (rate_rps * demand.output_mean)
+    notice_s = mix.busy * max(mix.mixed_s / 2 - residual_s, 0.0) + (1 - mix.busy) * mix.decode_s / 2
+    chunk_s = _mixed_step(instance, demand, max(math.ceil(mix.running), 1), math.inf)[1]
+    mixed_gap_s, mixed_share = _mixed_gap(instance, mix)
+    return OperatingPoint(
+        rate_rps=rate_rps,
+        running=mix.running,
+        step_s=gap_s,
+        decode_step_s=mix.decode_s,
+        mixed_step_s=mixed_gap_s,
+        mixed_share=mixed_share,
+        mixed_tokens=mix.mixed_tokens,
+        busy=mix.busy,
+        queue_s=load / (1 - load) * burst * residual_s,
+        notice_s=notice_s + gap_s * instance.engine.wait_steps / 2,
+        # Short prompts wait for the whole step they share.
+        prompts_s=tuple(
+            max(own_s, mix.mixed_s) if single else own_s
+            for own_s, single in zip(prompts.own_s, prompts.single_chunk, strict=True)
+        ),
+        chunk_step_s=max(chunk_s + mixed_gap_s - mix.mixed_s, mixed_gap_s),
+        kv_share=kv_share,
+        slot_share=slot_share,
+        host_s=instance.engine.host_s,
+        output_tokens=demand.output_tokens,
+    )
+
+
+def _mixed_gap(instance: Instance, mix: _Mix) -> tuple[float, float]:
+    """Seconds of a gap with prompt work in it, and the share of such gaps."""
+    if instance.engine.mixes_prefill:
+        steps_per_s = mix.busy / mix.mixed_s + (1 - mix.busy) / mix.decode_s
+        return mix.mixed_s, mix.busy / mix.mixed_s / steps_per_s
+    # Apart: every gap is one decode step, and those with arrivals also hold all the prompt work.
+    share = -math.expm1(-mix.rate_rps * mix.decode_s / max(1 - mix.busy, 1e-9))
+    stall_s = mix.busy / max(1 - mix.busy, 1e-9) * mix.decode_s / share
+    return mix.decode_s + stall_s, share
 
 
 def _mean(values: tuple[float, ...] | list[float]) -> float:
