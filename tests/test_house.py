@@ -246,15 +246,23 @@ def test_marked_blocks_are_found_and_a_mark_without_a_block_is_refused(tmp_path:
         docs.examples_in(page)
 
 
-def test_recording_writes_what_is_printed_and_nothing_else(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("shown", "recorded"),
+    [
+        ("$ echo new\nold\n$ echo silent", "$ echo new\nnew\n$ echo silent"),
+        ("$ seq 5\n1\n7\n...", "$ seq 5\n1\n2\n..."),  # as many lines as before
+        ("$ date\n...:...", "$ date\n...:..."),  # what varies is not written down
+    ],
+)
+def test_recording_writes_what_is_printed_and_nothing_else(
+    tmp_path: Path, shown: str, recorded: str
+) -> None:
     page = tmp_path / "page.md"
-    shown = "<!-- run -->\n```console\n$ echo new\n{}\n$ echo silent\n```\nend\n"
-    page.write_text(shown.format("old") + "<!-- run -->\n```console\n$ echo x\n...\n```\n")
+    text = "before\n<!-- run -->\n```console\n{}\n```\nafter\n"
+    page.write_text(text.format(shown))
     docs.record_examples(page)
 
-    assert (
-        page.read_text() == shown.format("new") + "<!-- run -->\n```console\n$ echo x\n...\n```\n"
-    )
+    assert page.read_text() == text.format(recorded)
 
 
 def test_the_bundled_trace_is_what_its_script_draws(monkeypatch: pytest.MonkeyPatch) -> None:

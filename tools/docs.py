@@ -374,21 +374,29 @@ def failure_of(example: Example, *, root: Path = ROOT) -> str | None:
 
 
 def record_examples(document: Path, root: Path = ROOT) -> None:
-    """Put what commands print now in place of what the document shows, except beside `...`."""
+    """Put what commands print now in place of what the document shows."""
     page = document.read_text(encoding="utf-8")
     for example in examples_in(document):
-        if example.language == "console" and "..." not in example.text:
+        if example.language == "console":
             page = page.replace(example.text, recorded(example.text, root))
     document.write_text(page, encoding="utf-8")
 
 
 def recorded(text: str, root: Path) -> str:
-    """The block with every output shown replaced; a command shown without one keeps none."""
+    """The block with every output that it shows replaced.
+
+    An output that ends in a line `...` keeps its length; one with `...` elsewhere stays.
+    """
     parts = []
     for command, expected in sessions(text):
-        printed = run(["bash", "-c", command], root).stdout.strip("\n") if expected else ""
-        parts.append(f"$ {command}" + (f"\n{printed}" if printed else ""))
-    return "\n".join(line.rstrip() for line in "\n".join(parts).split("\n"))
+        shown = expected.split("\n")
+        cut = shown[-1] == "..."
+        if expected and "..." not in "".join(shown[:-1] if cut else shown):
+            printed = run(["bash", "-c", command], root).stdout.strip("\n").split("\n")
+            shown = [*printed[: len(shown) - 1], "..."] if cut else printed
+        shown = [line.rstrip() for line in shown]
+        parts.append("\n".join([f"$ {command}", *shown]).rstrip("\n"))
+    return "\n".join(parts)
 
 
 def sessions(text: str) -> Iterator[tuple[str, str]]:
