@@ -85,7 +85,7 @@ def _cache_sizes(plan: Plan) -> list[tuple[str, float]]:
     instances = best.pessimistic.instances
     device = float(best.kv_tokens * instances)
     bytes_per_token = best.memory.kv_bytes * best.layout.gpus / best.kv_tokens
-    marks = [("GPU memory of the fleet", device)]
+    marks = [("KV pool of the fleet", device)]
     total = device
     for name, tier in (("plus DRAM", best.gpu.host), ("plus NVMe", best.gpu.nvme)):
         held = tier.capacity_bytes / tier.shared_by_gpus * best.pessimistic.gpus / bytes_per_token
@@ -127,20 +127,21 @@ def _parts(candidate: Candidate) -> Mapping[str, float]:
 
 def _roofline(best: Candidate) -> Picture:
     running = max(round(best.pessimistic.point.running), 1)
+    chunk = best.instance.chunk_tokens
     decodes = sorted({s for s in (*DECODE_SIZES, running) if s <= SEQUENCES_MAX})
-    prefills = sorted({s for s in (*PREFILL_SIZES, best.instance.chunk_tokens) if s <= TOKENS_MAX})
+    prefills = sorted({s for s in (*PREFILL_SIZES, chunk) if s <= TOKENS_MAX})
     fmt = weight_format(best.layout.weights)
     math = fmt.math if fmt.math in best.gpu.flops_per_s else "bf16"
     return pictures.roofline(
-        [work_point(best, "decode", n) for n in decodes]
-        + [work_point(best, "prefill", n) for n in prefills],
+        [work_point(best, "decode", n, planned=n == running) for n in decodes]
+        + [work_point(best, "prefill", n, planned=n == chunk) for n in prefills],
         peak_flops_per_s=math_flops_per_s(best.gpu, fmt),
         bytes_per_s=best.gpu.memory_bytes_per_s,
         math=math.upper(),
     )
 
 
-def work_point(candidate: Candidate, kind: str, size: int) -> WorkPoint:
+def work_point(candidate: Candidate, kind: str, size: int, *, planned: bool) -> WorkPoint:
     """FLOP and bytes on one GPU of a step of `size` decodes, or of a prompt chunk of `size`.
 
     FLOP: two for every weight a token multiplies with, and two for every product of attention.
@@ -165,7 +166,12 @@ def work_point(candidate: Candidate, kind: str, size: int) -> WorkPoint:
     flops = (2 * products * size + 2 * heads * pairs) / gpus
     moved = _touched_bytes(candidate, size) + kv_bytes
     return WorkPoint(
-        kind=kind, size=size, intensity=flops / moved, flops_per_s=flops / step_s, step_s=step_s
+        kind=kind,
+        size=size,
+        intensity=flops / moved,
+        flops_per_s=flops / step_s,
+        step_s=step_s,
+        planned=planned,
     )
 
 
@@ -245,10 +251,17 @@ def _latency(plan: Plan, metric: str) -> Picture:
     marks = [
         ("at peak", best.pessimistic.point.rate_rps),
         ("usable", best.pessimistic.usable_rps),
+        ("expected", best.expected.usable_rps),
     ]
     if metric == "TTFT" and (knee := knee_rps(plan.curve)) is not None:
         marks.append(("knee", knee))
-    return pictures.latency(metric, points, limit_s=strictest(plan, field), marks=marks)
+    return pictures.latency(
+        metric,
+        points,
+        limit_s=strictest(plan, field),
+        usable_rps=best.expected.usable_rps,
+        marks=marks,
+    )
 
 
 def _latency_point(point: LoadPoint, metric: str) -> LatencyPoint:

@@ -27,6 +27,7 @@ from tierline.planner.svg import (
     path,
     svg,
     text,
+    text_width,
     x_axis,
     y_axis,
 )
@@ -129,10 +130,16 @@ def arrivals(rates_rps: Sequence[float], *, step_s: float, sized_rps: float) -> 
             class_="halo",
         )
     )
-    at = y.at(sized_rps)
+    at, middle = y.at(sized_rps), (x.start + x.end) / 2
     parts += [
         line(x.start, at, x.end, at, "mark strong"),
-        text(x.end, at - 5, f"sized for {significant(sized_rps)}", anchor="end", class_="halo"),
+        text(
+            x.start + 5 if at_x > middle else x.end,
+            at - 5,
+            f"sized for {significant(sized_rps)}",
+            anchor="start" if at_x > middle else "end",
+            class_="halo",
+        ),
     ]
     mean = sum(rates_rps) / len(rates_rps)
     title = (
@@ -175,14 +182,13 @@ def reuse(
     seen = [(s, h) for s, h in points if s >= x.low]
     last = [(x.at(x.high), y.at(ideal))]
     parts.append(path([(x.at(s), y.at(h)) for s, h in seen] + last, "curve green"))
-    for row, (name, size) in enumerate(marks):
-        found = hit_rate_at(points, size)
-        parts.append(mark_x(x, y, size, f"{name}: {found:.0%}", row=row))
-        parts.append(
-            dot(
-                x.at(size), y.at(found), "dot green", tip=f"{name}: {size:,.0f} tokens, {found:.1%}"
-            )
-        )
+    named = [(f"{name}: {hit_rate_at(points, size):.0%}", size) for name, size in marks]
+    lines, names = mark_x(x, y, named)
+    dots = [
+        dot(x.at(size), y.at(hit_rate_at(points, size)), "dot green", tip=f"{size:,.0f} tokens")
+        for _, size in marks
+    ]
+    parts += [*lines, *dots, *names]
     name, size = marks[0]
     first = hit_rate_at(points, size)
     more = (
@@ -190,7 +196,7 @@ def reuse(
         if ideal - first > 0.005
         else ", and more memory would find nothing more"
     )
-    title = f"{name} finds {first:.0%} of prompt tokens already cached{more}"
+    title = f"{name} would find {first:.0%} of prompt tokens already cached{more}"
     return Picture(
         name="reuse",
         title=title,
@@ -283,6 +289,7 @@ class WorkPoint:
     intensity: float  # FLOP per byte
     flops_per_s: float
     step_s: float
+    planned: bool = False  # what the plan runs at its peak
 
 
 def roofline(
@@ -291,7 +298,7 @@ def roofline(
     """The roof of one GPU and where prefill and decode sit under it."""
     ridge = peak_flops_per_s / bytes_per_s
     low = min(min(p.intensity for p in points), ridge / 10)
-    high = max(max(p.intensity for p in points), ridge) * 3
+    high = max(max(p.intensity for p in points) * 4, ridge * 3)
     x = x_axis(low / 1.5, high, "FLOP per byte moved", log=True)
     floor = min(min(p.flops_per_s for p in points), low * bytes_per_s / 4)
     y = y_axis(floor / 1.5e12, peak_flops_per_s * 1.8 / 1e12, "TFLOP/s of one GPU", log=True)
@@ -304,19 +311,20 @@ def roofline(
         mine = [p for p in points if p.kind == kind]
         track = [(x.at(p.intensity), y.at(p.flops_per_s / 1e12)) for p in mine]
         parts.append(path(track, f"curve thin {colour}"))
-        for p, (at_x, at_y) in zip(mine, track, strict=True):
+        for i, (p, (at_x, at_y)) in enumerate(zip(mine, track, strict=True)):
             unit = "tokens" if kind == "prefill" else "sequences"
             tip = f"{kind}, {p.size:,} {unit}: {format_seconds(p.step_s)}"
-            parts.append(dot(at_x, at_y, f"dot {colour}", tip=tip))
-        for p, (at_x, at_y) in ((mine[0], track[0]), (mine[-1], track[-1])):
-            below = at_y + 18 if kind == "prefill" else at_y + 4
-            shift, anchor = (0, "middle") if kind == "prefill" else (9, "start")
-            parts.append(text(at_x + shift, below, f"{p.size:,}", anchor=anchor, class_="halo"))
-    decode = [p for p in points if p.kind == "decode"][-1]
-    prefill = [p for p in points if p.kind == "prefill"][-1]
+            radius = 6.5 if p.planned else 3.5
+            parts.append(dot(at_x, at_y, f"dot {colour}", tip=tip, radius=radius))
+            if p.planned or i in (0, len(mine) - 1):
+                words = f"plan: {p.size:,}" if p.planned else f"{p.size:,}"
+                parts.append(text(at_x + 8, at_y + 17, words, class_="halo"))
+    decode = next(p for p in points if p.kind == "decode" and p.planned)
+    prefill = next(p for p in points if p.kind == "prefill" and p.planned)
     bound = "memory" if decode.intensity < ridge else "compute"
     title = (
-        f"Decode at {decode.size:,} sequences is bound by {bound}; prefill reaches "
+        f"Decode of {decode.size:,} sequences is bound by {bound}; prefill in chunks of "
+        f"{prefill.size:,} reaches "
         f"{prefill.flops_per_s / peak_flops_per_s:.0%} of peak math"
     )
     return Picture(
@@ -371,23 +379,25 @@ def pareto(choices: Sequence[Choice], *, limit_s: float | None) -> Picture:
     parts = frame(x, y)
     if limit_s:
         parts.append(mark_y(x, y, limit_s, f"limit {format_seconds(limit_s)}"))
-    marks = []
     for i, choice in reversed(list(enumerate(choices))):
         at_x, at_y = x.at(choice.usd_per_year), y.at(choice.ttft_p99_s)
         tip = (
             f"{choice.name}: {format_usd(choice.usd_per_year)}, {format_seconds(choice.ttft_p99_s)}"
         )
         class_ = "dot blue" if i == 0 else "dot ring" if choice.on_front else "dot grey"
-        parts.append(dot(at_x, at_y, class_, tip=tip, radius=7 if i == 0 else 5))
+        parts.append(dot(at_x, at_y, class_, tip=tip, radius=9 if i < 3 else 5))
         if i < 3:
-            marks.append(
-                text(at_x + 9, at_y + 18 - 13 * (i % 2) * 2, "ABC"[i], class_="halo strong")
-            )
-    parts += marks
+            ink = "letter" if class_ == "dot ring" else "letter inside"
+            parts.append(text(at_x, at_y + 4, "ABC"[i], anchor="middle", class_=ink))
     best = choices[0]
-    rivals = choices[1:3]
-    title = f"The cheapest plan costs {format_usd(best.usd_per_year)} a year" + (
-        f"; the next one {format_usd(min(c.usd_per_year for c in rivals))}" if rivals else ""
+    cheaper = min(choices[1:], key=lambda c: c.usd_per_year, default=best)
+    title = f"The plan costs {format_usd(best.usd_per_year)} a year" + (
+        f"; the cheapest that was not chosen {format_usd(cheaper.usd_per_year)}, because it "
+        f"{cheaper.why_not}"
+        if cheaper.usd_per_year < best.usd_per_year
+        else f"; the next one {format_usd(cheaper.usd_per_year)}"
+        if cheaper is not best
+        else ", and nothing else keeps the promises"
     )
     note = " ".join(
         f"{'ABC'[i]}: {c.name}{' (chosen)' if i == 0 else ' — not chosen: ' + c.why_not}."
@@ -429,35 +439,37 @@ def latency(
     points: Sequence[LatencyPoint],
     *,
     limit_s: float | None,
+    usable_rps: float,
     marks: Sequence[tuple[str, float]],
-    findings: tuple[int, ...] = (7, 10),
 ) -> Picture:
-    """p50 and p99 of `metric` against the rate of one instance; the band is shaded."""
-    # Close to saturation p99 grows without end; the picture is about what lies before.
-    ceiling = max((limit_s or 0) * 3, points[0].p99_s * 4)
-    top = min(max(p.p99_s for p in points), ceiling)
-    low = min(p.p50_s for p in points)
-    top = max(top, (limit_s or 0) * 1.3, low * 2)
-    x = x_axis(0, points[-1].rate_rps, "requests/s of one instance")
-    y = y_axis(low * 0.6, top * 1.5, f"{metric} (log)", log=True, unit="s")
-    parts = frame(x, y)
-    upper = [(x.at(p.rate_rps), y.at(p.high_s or y.high)) for p in points]
-    lower = [(x.at(p.rate_rps), y.at(p.low_s)) for p in points]
-    parts.append(path([*upper, *reversed(lower)], "area blue", closed=True))
-    if limit_s:
-        parts.append(mark_y(x, y, limit_s, f"limit {format_seconds(limit_s)}"))
-    for row, (name, rate) in enumerate(marks):
-        parts.append(mark_x(x, y, rate, f"{name} {significant(rate)}", row=row))
+    """p50 and p99 of `metric` against the rate of one instance; the band is shaded.
+
+    `usable_rps` is the expected rate at which the first promise breaks. The picture ends well
+    behind it: near saturation p99 grows without end and would flatten everything before.
+    """
+    shown = [p for p in points if p.rate_rps <= usable_rps * 3] or list(points[:2])
+    x = x_axis(0, max(shown[-1].rate_rps, usable_rps), "requests/s of one instance")
+    low = min(p.p50_s for p in shown)
+    ceiling = max((limit_s or 0) * 4, points[0].p99_s * 4)
+    top = max(min(max(p.p99_s for p in shown), ceiling), (limit_s or 0) * 1.3, low * 2)
+    y = y_axis(low * 0.6, top * 2.5, f"{metric} (log)", log=True, unit="s")
+    lines, names = mark_x(x, y, [(f"{name} {significant(rate)}", rate) for name, rate in marks])
+    upper = [(x.at(p.rate_rps), y.at(p.high_s or y.high)) for p in shown]
+    lower = [(x.at(p.rate_rps), y.at(p.low_s)) for p in shown]
+    parts = [*frame(x, y), path([*upper, *reversed(lower)], "area blue", closed=True), *lines]
     for class_, values in (
-        ("curve thin blue dashed", [p.p50_s for p in points]),
-        ("curve blue", [p.p99_s for p in points]),
+        ("curve thin blue dashed", [p.p50_s for p in shown]),
+        ("curve blue", [p.p99_s for p in shown]),
     ):
-        shown = [(p.rate_rps, v) for p, v in zip(points, values, strict=True) if v <= y.high]
-        parts.append(path([(x.at(r), y.at(v)) for r, v in shown], class_))
+        pairs = [(p.rate_rps, v) for p, v in zip(shown, values, strict=True) if v <= y.high]
+        parts.append(path([(x.at(r), y.at(v)) for r, v in pairs], class_))
+    if limit_s:
+        parts.append(mark_y(x, y, limit_s, f"limit {format_seconds(limit_s)}", below=True))
+    title = _latency_title(metric, points, limit_s, usable_rps)
     return Picture(
         name=metric.casefold(),
-        title=(title := _latency_title(metric, points, limit_s)),
-        svg=svg(parts, label=title),
+        title=title,
+        svg=svg([*parts, *names], label=title),
         note="The shaded band is p99 between the optimistic and the pessimistic edge.",
         keys=(("blue", f"{metric} p99, with its band"), ("blue dashed", f"{metric} p50")),
         columns=("requests/s", "p50", "p99", "p99 optimistic", "p99 pessimistic"),
@@ -471,26 +483,32 @@ def latency(
             )
             for p in points
         ),
-        findings=findings,
+        findings=(7, 10),
     )
 
 
-def _latency_title(metric: str, points: Sequence[LatencyPoint], limit_s: float | None) -> str:
+def _latency_title(
+    metric: str, points: Sequence[LatencyPoint], limit_s: float | None, usable_rps: float
+) -> str:
     if limit_s is None:
         return (
             f"{metric} p99 goes from {format_seconds(points[0].p99_s)} idle to "
             f"{format_seconds(points[-1].p99_s)} at {significant(points[-1].rate_rps)} requests/s"
         )
-    over = next((p for p in points if p.p99_s > limit_s), None)
+    limit = format_seconds(limit_s)
+    over = next((p.rate_rps for p in points if p.p99_s > limit_s), None)
     if over is None:
         return (
-            f"{metric} p99 stays under its {format_seconds(limit_s)} limit up to saturation at "
+            f"{metric} p99 stays under its {limit} limit up to saturation at "
             f"{significant(points[-1].rate_rps)} requests/s an instance"
         )
     before = max((p.rate_rps for p in points if p.p99_s <= limit_s), default=0.0)
+    if before <= usable_rps <= over:  # the promise that breaks first
+        return (
+            f"{metric} p99 leaves its {limit} limit first, at {significant(usable_rps)} requests/s"
+        )
     return (
-        f"{metric} p99 leaves its {format_seconds(limit_s)} limit between {significant(before)} "
-        f"and {significant(over.rate_rps)} requests/s an instance"
+        f"{metric} p99 holds its {limit} limit up to {significant(before)} requests/s an instance"
     )
 
 
@@ -510,7 +528,8 @@ def cost_by_load(points: Sequence[tuple[float, float]], *, used: float) -> Pictu
     ]
     full = points[-1][1] * points[-1][0]
     now = full / used
-    parts.append(mark_x(x, y, used, f"this trace on average, {used:.0%}: {format_usd(now)}"))
+    lines, names = mark_x(x, y, [(f"average load {used:.0%}: {format_usd(now)}", used)])
+    parts += [*lines, *names]
     title = (
         f"At the average load of {used:.0%} a million tokens cost {format_usd(now)}; "
         f"a full fleet would make them for {format_usd(full)}"
@@ -557,7 +576,7 @@ def tornado(swings: Sequence[Swing], *, base_usd: float) -> Picture:
         end=WIDTH - RIGHT,
     )
     ground = top + step * len(ranked)
-    parts = []
+    parts = [line(x.at(base_usd), top, x.at(base_usd), ground, "mark strong")]
     for value, words in x.ticks:
         parts += [
             line(x.at(value), top, x.at(value), ground, "grid"),
@@ -576,13 +595,12 @@ def tornado(swings: Sequence[Swing], *, base_usd: float) -> Picture:
         parts.append(box(left, y + 19, max(right - left, 2), 14, fill, tip=tip))
         words = f"{(cost / base_usd - 1):+.0%}" if cost != base_usd else "no change"
         words += ", another choice" if swing.changes_choice else ""
-        roomy = right < x.end - 150
+        roomy = x.end - right > text_width(words)
         parts.append(
             text(right + 6, y + 31, words, class_="halo")
             if roomy
             else text(left - 6, y + 31, words, anchor="end", class_="halo")
         )
-    parts.append(line(x.at(base_usd), top, x.at(base_usd), ground, "mark strong"))
     label = f"cost of a year; the plan costs {format_usd(base_usd)}"
     parts.append(text((x.start + x.end) / 2, ground + 37, label, anchor="middle", class_="axis"))
     title = _tornado_title(ranked, base_usd)
@@ -601,10 +619,16 @@ def tornado(swings: Sequence[Swing], *, base_usd: float) -> Picture:
 
 
 def _tornado_title(ranked: Sequence[Swing], base_usd: float) -> str:
-    switching = [s.name for s in ranked if s.changes_choice]
-    flips = f"; the choice changes with: {', '.join(switching)}" if switching else ""
+    """The largest swing, what breaks, and whether another choice would win."""
+    words = []
+    broken = [s.name for s in ranked if s.usd_per_year is None]
+    if broken:
+        words.append(f"{', '.join(broken)}: nothing keeps the promises")
     worst = ranked[0]
-    if worst.usd_per_year is None:
-        return f"{worst.name}: {worst.outcome}"
-    moved = worst.usd_per_year / base_usd - 1
-    return f"{worst.name} moves the cost most, by {moved:+.0%}{flips or '; no change tried alters the choice'}"
+    if worst.usd_per_year is not None:
+        moved = worst.usd_per_year / base_usd - 1
+        words.append(f"{worst.name} moves the cost most, by {moved:+.0%}")
+    switching = sum(s.changes_choice and s.usd_per_year is not None for s in ranked)
+    words.append(f"{switching} of {len(ranked)} changes would choose another plan")
+    title = "; ".join(words)
+    return title[0].upper() + title[1:]

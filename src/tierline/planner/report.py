@@ -19,6 +19,7 @@ from tierline.planner.finding import Candidate, Edge, Finding, Plan, Rejected
 
 ALTERNATIVES_MAX = 20
 GROUP_MIN = 3  # fewer rejections for one reason are told together
+NUMBER = re.compile(r"[\d.,]+( (min|ms|s|MB|GB|TB|kB)\b)?")
 
 # Which step a caveat is about, by a word in it; what reading the trace said is step 1's.
 CAVEAT_STEPS = (

@@ -162,23 +162,45 @@ def frame(x: Axis, y: Axis) -> list[str]:
     return parts
 
 
-def mark_x(x: Axis, y: Axis, value: float, words: str, *, row: int = 0, class_: str = "") -> str:
-    """A vertical line with its name beside it, `row` lines below the top of the plot."""
-    at = x.at(value)
-    right = at > (x.start + x.end) / 2
-    return line(at, y.start, at, y.end, f"mark {class_}") + text(
-        at - 5 if right else at + 5,
-        y.end + 12 + 16 * row,
-        words,
-        anchor="end" if right else "start",
-        class_="halo",
-    )
+def mark_x(
+    x: Axis, y: Axis, marks: Sequence[tuple[str, float]], *, row: int = 0
+) -> tuple[list[str], list[str]]:
+    """Vertical lines at values, and their names in rows from the top.
+
+    Names come apart from the lines, to be drawn after everything that they must cover.
+    """
+    lines, names = [], []
+    for words, value in marks:
+        at = x.at(value)
+        right = x.end - at > text_width(words) or x.end - at > at - x.start
+        names.append(
+            text(
+                at + 5 if right else at - 5,
+                y.end + 12 + 17 * row,
+                words,
+                anchor="start" if right else "end",
+                class_="halo",
+            )
+        )
+        lines.append(line(at, y.start, at, y.end, "mark"))
+        row += 1
+    return lines, names
 
 
-def mark_y(x: Axis, y: Axis, value: float, words: str) -> str:
-    """A horizontal limit with its name above it at the left."""
+def text_width(words: str) -> float:
+    """About how wide a label is, with room to spare; fonts differ."""
+    return 7.6 * len(words) + 8
+
+
+def mark_y(x: Axis, y: Axis, value: float, words: str, *, below: bool = False) -> str:
+    """A horizontal limit with its name above it at the left, or below it at the right."""
     at = y.at(value)
-    return line(x.start, at, x.end, at, "limit") + text(x.start + 5, at - 5, words, class_="halo")
+    label = (
+        text(x.end, at + 15, words, anchor="end", class_="halo")
+        if below
+        else text(x.start + 5, at - 5, words, class_="halo")
+    )
+    return line(x.start, at, x.end, at, "limit") + label
 
 
 def _edge(at: float, x: Axis) -> str:
@@ -225,10 +247,10 @@ def short(value: float, unit: str = "") -> str:
     """A number for a tick: 0.1, 5, 20 k, 1.5 M; with `unit` '%', 's' or '$' in its own way.
 
     >>> short(1500000), short(0.05, "%"), short(0.02, "s"), short(2e6, "$")
-    ('1.5 M', '5 %', '20 ms', '$2 M')
+    ('1.5 M', '5%', '20 ms', '$2 M')
     """
     if unit == "%":
-        return f"{value * 100:.4g} %"
+        return f"{value * 100:.4g}%"
     if unit == "s":
         return f"{value * 1e3:.4g} ms" if 0 < value < 0.999 else f"{value:.4g} s"
     for size, letter in ((1e12, " T"), (1e9, " G"), (1e6, " M"), (1e4, " k")):

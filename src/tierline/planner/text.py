@@ -40,19 +40,19 @@ def _items(lines: Iterable[str]) -> list[str]:
 
 
 def _band(best: Candidate) -> list[str]:
-    rows = [("", "GPUs", "$ a year", "requests/s of one", "TTFT p99", "ITL p99")]
-    for edge in (best.pessimistic, best.expected, best.optimistic):
-        rows.append(
-            (
-                edge.name,
-                str(edge.gpus),
-                _usd(edge.usd_per_year),
-                significant(edge.usable_rps),
-                format_seconds(edge.point.ttft_s(99)),
-                format_seconds(edge.point.itl_s(99)),
-            )
+    head = ("", "GPUs", "$ a year", "requests/s of one", "TTFT p99", "ITL p99")
+    rows = [
+        (
+            edge.name,
+            str(edge.gpus),
+            _usd(edge.usd_per_year),
+            significant(edge.usable_rps),
+            format_seconds(edge.point.ttft_s(99)),
+            format_seconds(edge.point.itl_s(99)),
         )
-    return _table(rows)
+        for edge in (best.pessimistic, best.expected, best.optimistic)
+    ]
+    return _table([head, *rows])
 
 
 def _reasons(plan: Plan) -> list[str]:
