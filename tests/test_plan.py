@@ -19,14 +19,12 @@ from tierline.planner.candidates import (
     Load,
     best_chunk,
     evaluate,
-    layouts,
-    memory_use,
     pareto,
     search,
     slow_instance,
-    weight_choices,
 )
 from tierline.planner.finding import Candidate, Plan, Question, Rejected
+from tierline.planner.layouts import layouts, memory_use, weight_choices
 from tierline.planner.load import usable_rate
 from tierline.planner.plan import bins, fleet_load
 from tierline.workload.archetypes import workload_profile

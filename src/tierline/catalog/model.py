@@ -125,28 +125,20 @@ class ModelSpec:
         return sum(g.layers * g.experts * g.params_per_expert for g in self.ffn)
 
     @property
+    def _params_outside_ffn(self) -> int:
+        tables = self.embedding_params + self.head_params + self.norm_params
+        return self.attention_params + tables
+
+    @property
     def params(self) -> int:
         """All parameters."""
-        ffn = sum(group.layers * group.params_per_layer for group in self.ffn)
-        return (
-            self.attention_params
-            + ffn
-            + self.embedding_params
-            + self.head_params
-            + self.norm_params
-        )
+        return self._params_outside_ffn + sum(g.layers * g.params_per_layer for g in self.ffn)
 
     @property
     def params_active(self) -> int:
         """Parameters that one token touches, embedding table and head included once each."""
-        ffn = sum(group.layers * group.active_params_per_layer for group in self.ffn)
-        return (
-            self.attention_params
-            + ffn
-            + self.embedding_params
-            + self.head_params
-            + self.norm_params
-        )
+        ffn = sum(g.layers * g.active_params_per_layer for g in self.ffn)
+        return self._params_outside_ffn + ffn
 
     @property
     def is_moe(self) -> bool:

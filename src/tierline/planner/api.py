@@ -15,8 +15,8 @@ from tierline.catalog.gpus import load_gpu, load_gpus, with_price
 from tierline.catalog.models import load_model
 from tierline.perf.curve import c_max, curve_from_csv
 from tierline.perf.step import Layout, engine_names
-from tierline.planner.candidates import QUALITIES
 from tierline.planner.finding import MeasuredCurve, Plan, Question
+from tierline.planner.layouts import QUALITIES
 from tierline.planner.plan import make_plan
 from tierline.workload.archetypes import business_rate, workload_profile
 from tierline.workload.profile import Profile, profile_trace

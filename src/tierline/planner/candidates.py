@@ -1,9 +1,5 @@
 """Every configuration worth pricing, and what each of them takes to carry the load.
 
-Quantise before choosing TP: precision moves the memory floor, so formats are the outer
-loop and the lowest legal TP that fits comes after. What is turned down is kept with the
-number that turned it down.
-
 The search is exhaustive over what is legal, and cheap because a bound comes first: what the
 fleet would cost at full load without queueing. Configurations are tried in that order, and
 one whose bound is `PRUNE_RATIO` times the best price found is not tried, unless its
@@ -12,34 +8,32 @@ accelerator has no candidate to show yet. The bound flatters, so nothing good is
 
 import math
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 
 from tierline.base.progress import with_progress
-from tierline.base.units import HOURS_PER_YEAR, format_bytes, format_seconds, format_usd
-from tierline.catalog.formats import KV_FORMATS, WEIGHT_FORMATS, Format
-from tierline.catalog.gpu import GpuSpec
-from tierline.catalog.gpus import supports, supports_kv
-from tierline.catalog.model import ModelSpec
+from tierline.base.units import HOURS_PER_YEAR, format_seconds, format_usd
 from tierline.perf.cost import instances_needed, usd_per_million_tokens, usd_per_year
 from tierline.perf.evidence import Evidence
-from tierline.perf.memory import computed_activation_bytes, overhead_bytes
-from tierline.perf.step import Layout, StepCost, load_engine
-from tierline.planner.finding import Candidate, Edge, MeasuredCurve, MemoryUse, Question, Rejected
+from tierline.perf.step import StepCost, load_engine
+from tierline.planner.finding import Candidate, Edge, MemoryUse, Question, Rejected
+from tierline.planner.layouts import (
+    SEQUENCES_MAX,
+    STEP_TOKENS_MAX,
+    layouts,
+    memory_use,
+    quality_gate,
+)
 from tierline.planner.load import Demand, Instance, operating_point, usable_rate
 from tierline.workload.slo import ServiceLevel
 
-QUALITIES = ("none", "negligible", "mild", "moderate")
-CHUNKS = (256, 512, 1024, 2048, 4096, 8192)
-SEQUENCES = 1024
+CHUNKS = (256, 512, 1024, 2048, 4096, STEP_TOKENS_MAX)
 PRUNE_RATIO = 1.5
 PER_GPU_MIN = 3
 SHOWN = 40
 IDLE_RPS = 1e-3  # slow enough that requests never meet
 DRAM_TRIED = 8
 DRAM_HITS_MIN = 0.01  # of prompt tokens; fewer are not worth a tier
-PCIE_TP_MAX = 4  # all-reduce takes over 38 % of a step at 8 ranks on PCIe
-NODES_MAX = 4
 DRAM_SHARE = 0.8  # of host memory that a KV tier may take; the rest is the host's
 
 
@@ -219,113 +213,7 @@ def edge_rank(edge: Edge) -> tuple[float, int, float]:
     return (price, edge.gpus, edge.point.ttft_s(99))
 
 
-# --- what is legal --------------------------------------------------------------------------
-
-
-def layouts(
-    model: ModelSpec, gpu: GpuSpec, measured: MeasuredCurve | None, rejected: list[Rejected]
-) -> Iterator[tuple[Layout, StepCost]]:
-    """Legal layouts of the model on `gpu`: formats first, then the lowest TP and some above."""
-    if measured is not None:
-        if measured.gpu == gpu.name:
-            yield measured.layout, StepCost(model, gpu, measured.layout)
-        return
-    for weights in weight_choices(model):
-        reason = supports(gpu, weights) or outdone(gpu, weights)
-        if reason is not None:
-            rejected.append(Rejected(what=f"{gpu.name} {weights.name}", why=reason))
-            continue
-        for kv in kv_choices(gpu):
-            yield from shapes_that_fit(model, gpu, weights.name, kv.name, rejected)
-
-
-def outdone(gpu: GpuSpec, weights: Format) -> str | None:
-    """Why another format of the same size is better on `gpu`; None when nothing is."""
-    if weights.name.startswith("int8") and "fp8" in gpu.flops_per_s:
-        return "FP8 has the same size and rate here and loses less"
-    return None
-
-
-def weight_choices(model: ModelSpec) -> list[Format]:
-    """Formats that make sense for published weights of this kind: never wider than native."""
-    native = WEIGHT_FORMATS[model.native_format]
-    if native.bits < 8:
-        return [native]
-    names = ["fp8", "int8", "int8-g128", "int4-g128", "nvfp4"]
-    return [native, *(WEIGHT_FORMATS[n] for n in names if WEIGHT_FORMATS[n].bits < native.bits - 1)]
-
-
-def kv_choices(gpu: GpuSpec) -> list[Format]:
-    """KV formats that `gpu` can store; NVFP4 KV costs too much quality to be planned with."""
-    return [f for f in (KV_FORMATS["bf16"], KV_FORMATS["fp8"]) if supports_kv(gpu, f) is None]
-
-
-def shapes_that_fit(
-    model: ModelSpec,
-    gpu: GpuSpec,
-    weights: str,
-    kv: str,
-    rejected: list[Rejected],
-) -> Iterator[tuple[Layout, StepCost]]:
-    """Ways to cut one instance that leave room for KV; TP inside a node before PP across."""
-    fits_in_node = False
-    for layout in _cuts(model, gpu, weights, kv):
-        if layout.pp > 1 and fits_in_node:
-            continue
-        if layout.tp > PCIE_TP_MAX and gpu.scale_up.kind in ("pcie", "none"):
-            why = f"no fast link: collectives over {PCIE_TP_MAX} ranks on PCIe dominate the step"
-            rejected.append(Rejected(what=f"{gpu.name} {layout}", why=why))
-            continue
-        cost = StepCost(model, gpu, layout)
-        room = memory_use(cost).kv_bytes
-        if room <= 0:
-            rejected.append(
-                Rejected(
-                    what=f"{gpu.name} {layout}",
-                    why=f"weights and overheads exceed {format_bytes(gpu.memory_bytes)} "
-                    f"by {format_bytes(-room)} on each GPU",
-                    missing_bytes=-room,
-                )
-            )
-            continue
-        fits_in_node = fits_in_node or layout.pp == 1
-        yield layout, cost
-
-
-def _cuts(model: ModelSpec, gpu: GpuSpec, weights: str, kv: str) -> Iterator[Layout]:
-    node = min(gpu.gpus_per_node, 16)
-    degrees = [tp for tp in model.legal_tp(node) if tp & (tp - 1) == 0]
-    for tp in degrees:
-        yield Layout(weights=weights, kv=kv, tp=tp)
-    if model.is_moe and model.attention[0].latent:
-        for dp in (d for d in (4, 8, 16) if d <= node):
-            yield Layout(weights=weights, kv=kv, dp=dp, ep=dp)
-    for pp in (2, 4, 8):
-        if pp <= NODES_MAX * (1 if len(degrees) > 3 else 2):
-            yield Layout(weights=weights, kv=kv, tp=degrees[-1], pp=pp)
-
-
 # --- what it takes --------------------------------------------------------------------------
-
-
-def memory_use(cost: StepCost) -> MemoryUse:
-    """Bytes on one accelerator by component; the KV pool is what is left, perhaps negative.
-
-    Activations are those of the widest step that the engine may take, whole on every rank.
-    """
-    gpu = cost.gpu
-    weights = cost.weights_bytes_per_gpu
-    activations = computed_activation_bytes(
-        cost.model, batch_tokens=CHUNKS[-1], sequences=SEQUENCES
-    )
-    overhead = overhead_bytes(gpu.memory_bytes)
-    return MemoryUse(
-        weights_bytes=weights,
-        activations_bytes=activations,
-        overhead_bytes=overhead,
-        kv_bytes=gpu.memory_bytes - weights - activations - overhead,
-        total_bytes=gpu.memory_bytes,
-    )
 
 
 def evaluate(question: Question, cost: StepCost, load: Load) -> Candidate | Rejected:
@@ -374,7 +262,7 @@ def slow_instance(question: Question, cost: StepCost, load: Load) -> Instance:
         cost=cost.scaled(evidence_of(question, cost).high),
         engine=load_engine(question.engine),
         kv_tokens=kv_pool_tokens(cost, memory_use(cost), load),
-        sequences_max=SEQUENCES,
+        sequences_max=SEQUENCES_MAX,
         chunk_tokens=CHUNKS[0],
     )
 
@@ -509,19 +397,6 @@ def promises(question: Question) -> tuple[ServiceLevel, ...]:
     return () if question.measured else question.levels
 
 
-def quality_gate(question: Question, layout: Layout) -> str:
-    """What must be tested before this layout may be recommended; empty when nothing."""
-    limit = QUALITIES.index(question.quality)
-    native = WEIGHT_FORMATS[question.model.native_format]
-    gates = []
-    weights, kv = WEIGHT_FORMATS[layout.weights], KV_FORMATS[layout.kv]
-    if weights.bits < native.bits and QUALITIES.index(weights.quality) > limit:
-        gates.append(f"{weights.name} weights: {weights.quality} loss")
-    if QUALITIES.index(kv.quality) > limit:
-        gates.append(f"{kv.name} KV: {kv.quality} loss")
-    return "; ".join(gates)
-
-
 # --- bounds ---------------------------------------------------------------------------------
 
 
@@ -538,7 +413,7 @@ def price_bound(cost: StepCost, load: Load) -> float:
     hits = load.hit_rate(math.inf) if load.hit_rate else 0.0
     chunk = CHUNKS[-1]
     prefill_s = cost.step_s(0, 0.0, chunk, chunk * demand.input_mean / 2) / chunk
-    decode_s = cost.step_s(SEQUENCES, SEQUENCES * demand.context_mean) / SEQUENCES
+    decode_s = cost.step_s(SEQUENCES_MAX, SEQUENCES_MAX * demand.context_mean) / SEQUENCES_MAX
     busy_s = demand.input_mean * (1 - hits) * prefill_s + demand.output_mean * decode_s
     gpus = max(load.rate_rps * busy_s, 1.0) * cost.layout.gpus
     return gpus * price * HOURS_PER_YEAR
