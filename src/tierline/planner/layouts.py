@@ -20,7 +20,8 @@ QUALITIES = ("none", "negligible", "mild", "moderate")
 STEP_TOKENS_MAX = 8192  # the widest step an engine is let take
 SEQUENCES_MAX = 1024
 PCIE_TP_MAX = 4  # all-reduce takes over 38 % of a step at 8 ranks on PCIe
-NODES_MAX = 4
+NODES_MAX = 4  # that one instance may span
+PP_MAX = 8  # stages, where a node has one accelerator
 
 
 def layouts(
@@ -73,7 +74,7 @@ def shapes_that_fit(
     for layout in _cuts(model, gpu, weights, kv):
         if layout.pp > 1 and fits_in_node:
             continue
-        if layout.tp > PCIE_TP_MAX and gpu.scale_up.kind in ("pcie", "none"):
+        if layout.tp > PCIE_TP_MAX and is_slow_fabric(gpu):
             why = f"no fast link: collectives over {PCIE_TP_MAX} ranks on PCIe dominate the step"
             rejected.append(Rejected(what=f"{gpu.name} {layout}", why=why))
             continue
@@ -101,9 +102,15 @@ def _cuts(model: ModelSpec, gpu: GpuSpec, weights: str, kv: str) -> Iterator[Lay
     if model.is_moe and model.attention[0].latent:
         for dp in (d for d in (4, 8, 16) if d <= node):
             yield Layout(weights=weights, kv=kv, dp=dp, ep=dp)
+    widest = max(tp for tp in degrees if tp <= (PCIE_TP_MAX if is_slow_fabric(gpu) else node))
     for pp in (2, 4, 8):
-        if pp <= NODES_MAX * (1 if len(degrees) > 3 else 2):
-            yield Layout(weights=weights, kv=kv, tp=degrees[-1], pp=pp)
+        if widest * pp <= max(node * NODES_MAX, PP_MAX):
+            yield Layout(weights=weights, kv=kv, tp=widest, pp=pp)
+
+
+def is_slow_fabric(gpu: GpuSpec) -> bool:
+    """Whether accelerators of one node talk over PCIe only."""
+    return gpu.scale_up.kind in ("pcie", "none")
 
 
 def memory_use(cost: StepCost) -> MemoryUse:
