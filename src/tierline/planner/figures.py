@@ -222,14 +222,15 @@ def why_not(candidate: Candidate, best: Candidate) -> str:
     mine, other = best.pessimistic.usd_per_year, candidate.pessimistic.usd_per_year
     if other is None:
         return "has no price"
-    if mine is None or other <= mine:
-        return f"takes {candidate.pessimistic.gpus} GPUs instead of {best.pessimistic.gpus}"
     late = candidate.pessimistic.point.ttft_s(99)
     soon = best.pessimistic.point.ttft_s(99)
-    gain = f" for TTFT p99 {format_seconds(late)} instead of {format_seconds(soon)}"
-    return f"costs {format_usd(other - mine)} a year more (+{other / mine - 1:.0%})" + (
-        gain if late < soon else ""
-    )
+    times = f"TTFT p99 {format_seconds(late)} instead of {format_seconds(soon)}"
+    if mine is None or other < mine:
+        return f"takes {candidate.pessimistic.gpus} GPUs instead of {best.pessimistic.gpus}"
+    if other == mine:
+        return f"costs the same, {times}"
+    more = f"costs {format_usd(other - mine)} a year more (+{other / mine - 1:.0%})"
+    return f"{more} for {times}" if late < soon else more
 
 
 def strictest(plan: Plan, metric: str) -> float | None:

@@ -316,9 +316,12 @@ def roofline(
             tip = f"{kind}, {p.size:,} {unit}: {format_seconds(p.step_s)}"
             radius = 6.5 if p.planned else 3.5
             parts.append(dot(at_x, at_y, f"dot {colour}", tip=tip, radius=radius))
-            if p.planned or i in (0, len(mine) - 1):
+            near_plan = any(q.planned for q in mine[max(i - 1, 0) : i + 2])
+            if p.planned or (i in (0, len(mine) - 1) and not near_plan):
                 words = f"plan: {p.size:,}" if p.planned else f"{p.size:,}"
-                parts.append(text(at_x + 8, at_y + 17, words, class_="halo"))
+                fits = x.end - at_x > text_width(words)
+                shift, anchor = (8, "start") if fits else (-8, "end")
+                parts.append(text(at_x + shift, at_y + 18, words, anchor=anchor, class_="halo"))
     decode = next(p for p in points if p.kind == "decode" and p.planned)
     prefill = next(p for p in points if p.kind == "prefill" and p.planned)
     bound = "memory" if decode.intensity < ridge else "compute"
@@ -452,7 +455,7 @@ def latency(
     low = min(p.p50_s for p in shown)
     ceiling = max((limit_s or 0) * 4, points[0].p99_s * 4)
     top = max(min(max(p.p99_s for p in shown), ceiling), (limit_s or 0) * 1.3, low * 2)
-    y = y_axis(low * 0.6, top * 2.5, f"{metric} (log)", log=True, unit="s")
+    y = y_axis(low * 0.6, top * 3.5, f"{metric} (log)", log=True, unit="s")
     lines, names = mark_x(x, y, [(f"{name} {significant(rate)}", rate) for name, rate in marks])
     upper = [(x.at(p.rate_rps), y.at(p.high_s or y.high)) for p in shown]
     lower = [(x.at(p.rate_rps), y.at(p.low_s)) for p in shown]
@@ -528,7 +531,7 @@ def cost_by_load(points: Sequence[tuple[float, float]], *, used: float) -> Pictu
     ]
     full = points[-1][1] * points[-1][0]
     now = full / used
-    lines, names = mark_x(x, y, [(f"average load {used:.0%}: {format_usd(now)}", used)])
+    lines, names = mark_x(x, y, [(f"average {used:.0%}: {format_usd(now)}", used)])
     parts += [*lines, *names]
     title = (
         f"At the average load of {used:.0%} a million tokens cost {format_usd(now)}; "
@@ -576,7 +579,7 @@ def tornado(swings: Sequence[Swing], *, base_usd: float) -> Picture:
         end=WIDTH - RIGHT,
     )
     ground = top + step * len(ranked)
-    parts = [line(x.at(base_usd), top, x.at(base_usd), ground, "mark strong")]
+    parts = []
     for value, words in x.ticks:
         parts += [
             line(x.at(value), top, x.at(value), ground, "grid"),
@@ -589,10 +592,12 @@ def tornado(swings: Sequence[Swing], *, base_usd: float) -> Picture:
         if cost is None:
             parts.append(text(x.start, y + 30, swing.outcome, class_="halo strong"))
             continue
-        left, right = sorted((x.at(cost), x.at(base_usd)))
+        base = x.at(base_usd)
+        left, right = sorted((x.at(cost), base))
         fill = "fill orange" if cost > base_usd else "fill blue"
         tip = f"{swing.name}: {format_usd(cost)}"
         parts.append(box(left, y + 19, max(right - left, 2), 14, fill, tip=tip))
+        parts.append(line(base, y + 17, base, y + 35, "mark strong"))
         words = f"{(cost / base_usd - 1):+.0%}" if cost != base_usd else "no change"
         words += ", another choice" if swing.changes_choice else ""
         roomy = x.end - right > text_width(words)

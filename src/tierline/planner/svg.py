@@ -162,34 +162,32 @@ def frame(x: Axis, y: Axis) -> list[str]:
     return parts
 
 
-def mark_x(
-    x: Axis, y: Axis, marks: Sequence[tuple[str, float]], *, row: int = 0
-) -> tuple[list[str], list[str]]:
+def mark_x(x: Axis, y: Axis, marks: Sequence[tuple[str, float]]) -> tuple[list[str], list[str]]:
     """Vertical lines at values, and their names in rows from the top.
 
-    Names come apart from the lines, to be drawn after everything that they must cover.
+    A line begins at its own name, and rows follow the direction in which names run, so no
+    name crosses the line of another. Names come apart, to be drawn after what they cover.
     """
-    lines, names = [], []
+    rightward, leftward = [], []
     for words, value in marks:
         at = x.at(value)
-        right = x.end - at > text_width(words) or x.end - at > at - x.start
-        names.append(
-            text(
-                at + 5 if right else at - 5,
-                y.end + 12 + 17 * row,
-                words,
-                anchor="start" if right else "end",
-                class_="halo",
-            )
-        )
-        lines.append(line(at, y.start, at, y.end, "mark"))
-        row += 1
+        room = x.end - at
+        fits = room > text_width(words) or room > at - x.start
+        (rightward if fits else leftward).append((words, at))
+    rightward.sort(key=lambda mark: mark[1])
+    leftward.sort(key=lambda mark: -mark[1])
+    lines, names = [], []
+    for row, (words, at) in enumerate(rightward + leftward):
+        top = y.end + 17 * row
+        shift, anchor = (5, "start") if row < len(rightward) else (-5, "end")
+        names.append(text(at + shift, top + 11, words, anchor=anchor, class_="halo"))
+        lines.append(line(at, y.start, at, top, "mark"))
     return lines, names
 
 
 def text_width(words: str) -> float:
     """About how wide a label is, with room to spare; fonts differ."""
-    return 7.6 * len(words) + 8
+    return 8.4 * len(words) + 8
 
 
 def mark_y(x: Axis, y: Axis, value: float, words: str, *, below: bool = False) -> str:
