@@ -168,7 +168,8 @@ def mark_x(x: Axis, y: Axis, marks: Sequence[tuple[str, float]]) -> tuple[list[s
     A line begins at its own name, and rows follow the direction in which names run, so no
     name crosses the line of another. Names come apart, to be drawn after what they cover.
     """
-    rightward, leftward = [], []
+    rightward: list[tuple[str, float]] = []
+    leftward: list[tuple[str, float]] = []
     for words, value in marks:
         at = x.at(value)
         room = x.end - at
