@@ -294,7 +294,9 @@ def _add_plan(commands: Any) -> None:
     demand.add_argument("--trace", help="request log or trace; see docs/reference/trace-format.md")
     _add_trace_options(command)
     demand.add_argument("--workload", help="built-in lengths: chat, rag, code, agent")
-    demand.add_argument("--rps", type=float, help="requests a second in the busiest minute")
+    demand.add_argument(
+        "--rps", type=float, help="requests a second in a busy minute (p95 of the minutes)"
+    )
     demand.add_argument("--users", type=int, help="from the business side: daily users ...")
     demand.add_argument("--sessions-per-day", type=float, help="... and sessions of each")
     command.add_argument(

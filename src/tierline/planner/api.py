@@ -55,7 +55,7 @@ def plan(
     """Plan a fleet: which GPUs, how many, in what configuration, at what cost, and why.
 
     Demand comes from `trace` (a file in any format that `tierline profile` reads), or from a
-    built-in `workload` (chat, rag, code, agent) at `rps` requests a second in its busiest
+    built-in `workload` (chat, rag, code, agent) at `rps` requests a second in a busy
     minute, or from `users` who open `sessions_per_day`. `slo` is text such as
     'ttft_p99=2s,itl_p99=50ms', one per class. `gpus` are names or paths of TOML files (default:
     all of the catalogue), `prices` dollars per GPU-hour by name.
@@ -212,7 +212,7 @@ def _demand(
 def _peak_rps(
     rps: float | None, users: int | None, sessions_per_day: float | None, *, has_trace: bool
 ) -> float | None:
-    """The rate of the busiest minute that the caller states, in one way or another."""
+    """The rate of a busy minute that the caller states, in one way or another."""
     if users is None:
         if sessions_per_day is not None:
             raise InputError("sessions per day without users", hint="add --users 20000")

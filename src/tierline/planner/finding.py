@@ -151,7 +151,7 @@ class Question:
     budget_usd_per_year: float | None = None
     quality: str = "negligible"  # the worst quality class that may be recommended
     engine: str = "vllm"
-    peak_rps: float | None = None  # busiest minute; None: the trace's own
+    peak_rps: float | None = None  # of a busy minute; None: the trace's own
     average_load: float | None = None  # mean over peak; None: the trace's own
     api_usd_per_million: tuple[float, float] | None = None  # hosted price, input and output
     measured: MeasuredCurve | None = None

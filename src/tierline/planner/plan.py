@@ -74,7 +74,7 @@ def fleet_load(question: Question, profile: Profile) -> Load:
     else:
         raise InputError(
             f"{profile.source!r} carries no arrival times, so it has no rate",
-            hint="add --rps, the rate of the busiest minute",
+            hint="add --rps, the rate of a busy minute",
         )
     if question.average_load is not None:
         mean = peak * question.average_load

@@ -295,7 +295,7 @@ def choose_parallelism(view: View) -> Finding:
     return Finding(
         step=6,
         title="Parallelism",
-        answer=f"{layout}: {layout.gpus} GPUs an instance; collectives take "
+        answer=f"{layout}: {_count(layout.gpus, 'GPU')} an instance; collectives take "
         f"{reduce_s / step_s:.0%} of a decode step.",
         inputs={
             "legal TP degrees": ", ".join(map(str, legal)),
@@ -477,7 +477,8 @@ def size_fleet(view: View) -> Finding:
     return Finding(
         step=11,
         title="Fleet",
-        answer=f"{low.instances} instances of {best.layout.gpus} = {low.gpus} GPUs "
+        answer=f"{_count(low.instances, 'instance')} of {best.layout.gpus} = "
+        f"{_count(low.gpus, 'GPU')} "
         f"({best.optimistic.gpus} at the optimistic edge).",
         inputs={
             "rate to size for": _rate(load.rate_rps),
@@ -498,8 +499,8 @@ def size_fleet(view: View) -> Finding:
                 high=1.0,
             ),
         ),
-        rule=f"ceil(ceil(rate / usable) x safety) = {guide} instances",
-        computed=f"rounding once: {low.instances} instances"
+        rule=f"ceil(ceil(rate / usable) x safety) = {_count(guide, 'instance')}",
+        computed=f"rounding once: {_count(low.instances, 'instance')}"
         + ("" if guide == low.instances else "; rounding twice buys instances nobody asked for"),
         notes=("one instance has no spare: a failure stops the service",)
         if low.instances == 1
@@ -614,7 +615,7 @@ def headline(view: View) -> str:
     cost = f"; {format_usd(edge.usd_per_year)} a year" if edge.usd_per_year is not None else ""
     promises = "; ".join(str(level) for level in view.question.levels)
     return (
-        f"{edge.instances} x {best.layout.gpus} {best.gpu.title} ({edge.gpus} GPUs) hold "
+        f"{edge.instances} x {best.layout.gpus} {best.gpu.title} ({_count(edge.gpus, 'GPU')}) hold "
         f"{promises} at {_rate(view.load.rate_rps)}{cost}; breaks first at {_rate(breaks)}, on "
         f"{edge.point.bound}."
     )
@@ -668,6 +669,10 @@ def _limit(view: View, metric: str) -> str:
     limits = [lv.limit_s(metric) for lv in view.question.levels]
     known = [limit for limit in limits if limit is not None]
     return format_seconds(min(known)) if known else "none"
+
+
+def _count(count: int, noun: str) -> str:
+    return f"{count} {noun}" if count == 1 else f"{count} {noun}s"
 
 
 def _rate(rate_rps: float) -> str:
