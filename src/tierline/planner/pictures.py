@@ -299,7 +299,7 @@ def roofline(
     ridge = peak_flops_per_s / bytes_per_s
     low = min(min(p.intensity for p in points), ridge / 10)
     high = max(max(p.intensity for p in points) * 4, ridge * 3)
-    x = x_axis(low / 1.5, high, "FLOP per byte moved", log=True)
+    x = x_axis(low / 4, high, "FLOP per byte moved", log=True)
     floor = min(min(p.flops_per_s for p in points), low * bytes_per_s / 4)
     y = y_axis(floor / 1.5e12, peak_flops_per_s * 1.8 / 1e12, "TFLOP/s of one GPU", log=True)
     parts = frame(x, y)
@@ -319,9 +319,11 @@ def roofline(
             near_plan = any(q.planned for q in mine[max(i - 1, 0) : i + 2])
             if p.planned or (i in (0, len(mine) - 1) and not near_plan):
                 words = f"plan: {p.size:,}" if p.planned else f"{p.size:,}"
-                fits = x.end - at_x > text_width(words)
-                shift, anchor = (8, "start") if fits else (-8, "end")
-                parts.append(text(at_x + shift, at_y + 18, words, anchor=anchor, class_="halo"))
+                # Decode climbs at the left, prefill at the right; the space beyond them is free.
+                right = kind == "prefill" and x.end - at_x > text_width(words)
+                shift, anchor = (8, "start") if right else (-9, "end")
+                drop = 18 if kind == "prefill" else -4
+                parts.append(text(at_x + shift, at_y + drop, words, anchor=anchor, class_="halo"))
     decode = next(p for p in points if p.kind == "decode" and p.planned)
     prefill = next(p for p in points if p.kind == "prefill" and p.planned)
     bound = "memory" if decode.intensity < ridge else "compute"
@@ -369,48 +371,33 @@ class Choice:
 
 def pareto(choices: Sequence[Choice], *, limit_s: float | None) -> Picture:
     """Cost against TTFT p99; the first is the chosen one, the next two are named."""
-    costs = [c.usd_per_year for c in choices]
-    times = [c.ttft_p99_s for c in choices] + ([limit_s] if limit_s else [])
-    wide = max(costs) / min(costs) > 4
-    x = x_axis(
-        min(costs) * 0.85 if wide else 0, max(costs) * 1.08, "cost of a year", log=wide, unit="$"
-    )
-    tall = max(times) / min(times) > 4
-    y = y_axis(
-        min(times) * 0.8 if tall else 0, max(times) * 1.15, "TTFT p99 at peak", log=tall, unit="s"
-    )
+    x, y = _pareto_axes(choices, limit_s)
+    places = [(x.at(c.usd_per_year), y.at(c.ttft_p99_s)) for c in choices]
+    named = _apart(places)
     parts = frame(x, y)
     if limit_s:
         parts.append(mark_y(x, y, limit_s, f"limit {format_seconds(limit_s)}"))
-    for i, choice in reversed(list(enumerate(choices))):
-        at_x, at_y = x.at(choice.usd_per_year), y.at(choice.ttft_p99_s)
-        tip = (
-            f"{choice.name}: {format_usd(choice.usd_per_year)}, {format_seconds(choice.ttft_p99_s)}"
-        )
+    # Named ones last, so that they lie on top; the chosen one above all.
+    for i in sorted(range(len(choices)), key=lambda i: (i in named, -i)):
+        choice, (at_x, at_y) = choices[i], places[i]
+        cost, late = format_usd(choice.usd_per_year), format_seconds(choice.ttft_p99_s)
         class_ = "dot blue" if i == 0 else "dot ring" if choice.on_front else "dot grey"
-        parts.append(dot(at_x, at_y, class_, tip=tip, radius=9 if i < 3 else 5))
-        if i < 3:
+        tip = f"{choice.name}: {cost}, {late}"
+        parts.append(dot(at_x, at_y, class_, tip=tip, radius=9 if i in named else 5))
+        if i in named:
             ink = "letter" if class_ == "dot ring" else "letter inside"
-            parts.append(text(at_x, at_y + 4, "ABC"[i], anchor="middle", class_=ink))
-    best = choices[0]
-    cheaper = min(choices[1:], key=lambda c: c.usd_per_year, default=best)
-    title = f"The plan costs {format_usd(best.usd_per_year)} a year" + (
-        f"; the cheapest that was not chosen {format_usd(cheaper.usd_per_year)}, because it "
-        f"{cheaper.why_not}"
-        if cheaper.usd_per_year < best.usd_per_year
-        else f"; the next one {format_usd(cheaper.usd_per_year)}"
-        if cheaper is not best
-        else ", and nothing else keeps the promises"
-    )
-    note = " ".join(
-        f"{'ABC'[i]}: {c.name}{' (chosen)' if i == 0 else ' — not chosen: ' + c.why_not}."
-        for i, c in enumerate(choices[:3])
-    )
+            letter = "ABC"[named.index(i)]
+            parts.append(text(at_x, at_y + 4, letter, anchor="middle", class_=ink))
+    title = _pareto_title(choices)
     return Picture(
         name="pareto",
         title=title,
         svg=svg(parts, label=title),
-        note=note,
+        note=" ".join(
+            f"{letter}: {choices[i].name}"
+            f"{f', not chosen: it {choices[i].why_not}' if i else ', chosen'}."
+            for letter, i in zip("ABC", named, strict=False)
+        ),
         keys=(("blue", "chosen"), ("ring", "no other is better in all"), ("grey", "dominated")),
         columns=("plan", "$ a year", "TTFT p99", "why not"),
         rows=tuple(
@@ -424,6 +411,38 @@ def pareto(choices: Sequence[Choice], *, limit_s: float | None) -> Picture:
         ),
         findings=(2, 12),
     )
+
+
+def _pareto_axes(choices: Sequence[Choice], limit_s: float | None) -> tuple[Axis, Axis]:
+    costs = [c.usd_per_year for c in choices]
+    times = [c.ttft_p99_s for c in choices] + ([limit_s] if limit_s else [])
+    wide = max(costs) / min(costs) > 4
+    tall = max(times) / min(times) > 4
+    x_low, y_low = (min(costs) * 0.85 if wide else 0), (min(times) * 0.8 if tall else 0)
+    x = x_axis(x_low, max(costs) * 1.08, "cost of a year", log=wide, unit="$")
+    return x, y_axis(y_low, max(times) * 1.15, "TTFT p99 at peak", log=tall, unit="s")
+
+
+def _apart(places: Sequence[tuple[float, float]]) -> list[int]:
+    """The first place and the next two whose markers would not cover each other."""
+    kept = [0]
+    for i, (at_x, at_y) in enumerate(places):
+        far = all(abs(at_x - places[k][0]) + abs(at_y - places[k][1]) > 22 for k in kept)
+        if far and len(kept) < 3:
+            kept.append(i)
+    return kept
+
+
+def _pareto_title(choices: Sequence[Choice]) -> str:
+    best = choices[0]
+    title = f"The plan costs {format_usd(best.usd_per_year)} a year"
+    next_best = min(choices[1:], key=lambda c: c.usd_per_year, default=None)
+    if next_best is None:
+        return f"{title}, and nothing else keeps the promises"
+    other = format_usd(next_best.usd_per_year)
+    if next_best.usd_per_year < best.usd_per_year:
+        return f"{title}; one for {other} was not chosen: it {next_best.why_not}"
+    return f"{title}; the next one {other}"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -467,7 +486,10 @@ def latency(
         pairs = [(p.rate_rps, v) for p, v in zip(shown, values, strict=True) if v <= y.high]
         parts.append(path([(x.at(r), y.at(v)) for r, v in pairs], class_))
     if limit_s:
-        parts.append(mark_y(x, y, limit_s, f"limit {format_seconds(limit_s)}", below=True))
+        words = f"limit {format_seconds(limit_s)}"
+        first = min((x.at(rate) for _, rate in marks), default=x.end)
+        crowded = first < x.start + text_width(words)
+        parts.append(mark_y(x, y, limit_s, words, below=crowded))
     title = _latency_title(metric, points, limit_s, usable_rps)
     return Picture(
         name=metric.casefold(),

@@ -103,7 +103,7 @@ def tiles(plan: Plan) -> list[Tile]:
     """The numbers that a budget meeting asks for."""
     best, edge = plan.recommended, plan.recommended.pessimistic
     headroom = edge.instances * edge.usable_rps / plan.demand_rps - 1
-    shape = f"{edge.instances} instances of {best.layout.gpus}"
+    shape = f"{edge.instances} instance{'s' * (edge.instances > 1)} of {best.layout.gpus}"
     known = plan.profile.reuse is not None
     found = Tile(
         label="Prompt tokens cached",
