@@ -369,10 +369,12 @@ def _point(instance: Instance, demand: Demand, mix: _Mix) -> OperatingPoint | No
         busy=mix.busy,
         queue_s=load / (1 - load) * burst * residual_s,
         notice_s=notice_s + gap_s * instance.engine.wait_steps / 2,
-        # Short prompts wait for the whole step they share.
+        # Short prompts wait for the whole step they share; loads hold up no step, only the prompt.
         prompts_s=tuple(
-            max(own_s, mix.mixed_s) if single else own_s
-            for own_s, single in zip(prompts.own_s, prompts.single_chunk, strict=True)
+            (max(own_s, mix.mixed_s) if single else own_s) + tokens * demand.reload_s_per_token
+            for tokens, own_s, single in zip(
+                demand.input_tokens, prompts.own_s, prompts.single_chunk, strict=True
+            )
         ),
         chunk_step_s=max(chunk_s + mixed_gap_s - mix.mixed_s, mixed_gap_s),
         kv_share=kv_share,
