@@ -18,7 +18,8 @@ from tierline.planner.finding import Candidate, LoadPoint, Sensitivity
 from tierline.planner.load import OperatingPoint, operating_point, saturated_rate
 from tierline.planner.steps import View, best_per_gpu
 
-CURVE_POINTS = 20
+CURVE_POINTS = 24
+CURVE_PAST_USABLE = 2.5
 CONTENDERS = 6  # candidates that a variation may promote
 SPLITS = (0.5, 0.8, 0.9, 0.95)
 ENGINE_INIT_S = 60.0  # process start, graph capture, warm-up
@@ -35,7 +36,10 @@ COLD_START = Evidence(
 
 
 def banded_curve(candidate: Candidate) -> tuple[LoadPoint, ...]:
-    """The load curve of one instance up to saturation, with both edges of the evidence."""
+    """The load curve of one instance with both edges of the evidence.
+
+    It ends at saturation, or well past the last rate that keeps the promises.
+    """
     demand = candidate.demand
     expected = candidate.instance
     slow, fast = (
@@ -44,9 +48,10 @@ def banded_curve(candidate: Candidate) -> tuple[LoadPoint, ...]:
     )
     peak = saturated_rate(expected, demand)
     assert peak is not None, "a candidate carries some load"
+    end_rps = min(peak.rate_rps, CURVE_PAST_USABLE * candidate.expected.usable_rps)
     points = []
     for i in range(1, CURVE_POINTS + 1):
-        rate = peak.rate_rps * i / CURVE_POINTS
+        rate = end_rps * i / CURVE_POINTS
         mid = operating_point(expected, demand, rate)
         low = operating_point(fast, demand, rate)
         high = operating_point(slow, demand, rate)
@@ -92,23 +97,23 @@ def sensitivities(view: View) -> tuple[Sensitivity, ...]:
     """One input moved at a time, the contenders planned again."""
     best = view.best
     rows = [
-        _again(view, "growth", "+25 %", load=_scaled(view.load, 1.25)),
-        _again(view, "growth", "-25 %", load=_scaled(view.load, 0.75)),
-        _again(view, "prompt length", "-30 %", load=_prompts(view.load, 0.7)),
-        _again(view, "prompt length", "+30 %", load=_prompts(view.load, 1.3)),
-        _again(view, "output length", "+30 %", load=_outputs(view.load, 1.3)),
+        _again(view, "growth", "+25%", load=_scaled(view.load, 1.25)),
+        _again(view, "growth", "-25%", load=_scaled(view.load, 0.75)),
+        _again(view, "prompt length", "-30%", load=_prompts(view.load, 0.7)),
+        _again(view, "prompt length", "+30%", load=_prompts(view.load, 1.3)),
+        _again(view, "output length", "+30%", load=_outputs(view.load, 1.3)),
     ]
     if view.load.hit_rate is not None:
-        rows.append(_again(view, "prefix hit rate", "none", load=replace(view.load, hit_rate=None)))
+        rows.append(_again(view, "prefix reuse", "none", load=replace(view.load, hit_rate=None)))
     price = best.gpu.price.typical_usd
     if price is not None:
         dearer = {best.gpu.name: price * 1.25}
-        rows.append(_again(view, f"price of {best.gpu.name}", "+25 %", prices=dearer))
+        rows.append(_again(view, f"price of {best.gpu.name}", "+25%", prices=dearer))
     rivals = [c for c in best_per_gpu(view.found).values() if c.gpu.name != best.gpu.name]
     rival = next(iter(rivals), None)
     if rival is not None and rival.gpu.price.typical_usd is not None:
         cheaper = {rival.gpu.name: rival.gpu.price.typical_usd * 0.75}
-        rows.append(_again(view, f"price of {rival.gpu.name}", "-25 %", prices=cheaper))
+        rows.append(_again(view, f"price of {rival.gpu.name}", "-25%", prices=cheaper))
     return tuple(rows)
 
 

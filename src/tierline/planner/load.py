@@ -21,9 +21,10 @@ correlation of long prompts with each other.
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
 
 from tierline.perf.step import EngineProfile, StepCost
-from tierline.workload.slo import ServiceLevel
+from tierline.workload.slo import ServiceLevel, Target
 
 PRECISION = 1.005  # ratio at which a search over states stops
 ROUNDS = 4  # of the inner fixed point between rate and tokens of a mixed step
@@ -31,7 +32,7 @@ RATE_MIN_RPS = 1e-4
 Z99 = 2.326  # one-sided 99 % of a normal: memory must hold the busy moments, not the mean
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True)  # no slots: the means are computed once and kept
 class Demand:
     """What arrives, as equally likely lengths (mid-quantiles of the profile)."""
 
@@ -41,22 +42,22 @@ class Demand:
     reload_s_per_token: float = 0.0  # of prompt, to load what is cached below the device
     arrival_cv2: float = 1.0  # squared coefficient of variation of the gaps; Poisson: 1
 
-    @property
+    @cached_property
     def input_mean(self) -> float:
         """Mean prompt tokens."""
         return sum(self.input_tokens) / len(self.input_tokens)
 
-    @property
+    @cached_property
     def output_mean(self) -> float:
         """Mean output tokens."""
         return sum(self.output_tokens) / len(self.output_tokens)
 
-    @property
+    @cached_property
     def fresh_mean(self) -> float:
         """Mean prompt tokens that must be computed."""
         return max(self.input_mean * (1 - self.hit_rate), 1.0)
 
-    @property
+    @cached_property
     def context_mean(self) -> float:
         """Cached tokens of a decoding sequence, over time: long outputs are seen longer."""
         squares = sum(o * o for o in self.output_tokens) / len(self.output_tokens)
@@ -122,19 +123,31 @@ class OperatingPoint:
         wait to be noticed is uniform and taken at the same percentile.
         """
         level = percentile / 100
-        decay = self.busy / self.queue_s if self.queue_s > 0 else math.inf
-        low, high = 0.0, max(self.prompts_s) + 12 / decay + 1e-6
+        low, high = 0.0, max(self.prompts_s) + 12 * self.queue_s / self.busy + 1e-6
         for _ in range(30):
             middle = (low + high) / 2
-            late = 0.0
-            for own_s in self.prompts_s:
-                slack = middle - own_s
-                late += 1.0 if slack < 0 else self.busy * math.exp(-min(slack * decay, 700.0))
-            if late / len(self.prompts_s) > 1 - level:
+            if self._late_share(middle) > 1 - level:
                 low = middle
             else:
                 high = middle
         return high + 2 * level * self.notice_s + self.host_s
+
+    def _late_share(self, seconds: float) -> float:
+        """Share of prompts whose queueing and own time exceed `seconds`."""
+        decay = self.busy / self.queue_s if self.queue_s > 0 else math.inf
+        late = 0.0
+        for own_s in self.prompts_s:
+            slack = seconds - own_s
+            late += 1.0 if slack < 0 else self.busy * math.exp(-min(slack * decay, 700.0))
+        return late / len(self.prompts_s)
+
+    def keeps(self, target: Target) -> bool:
+        """Whether one promise holds; for TTFT without searching for the percentile itself."""
+        if target.metric != "ttft":
+            return self.latency_s(target.metric, target.percentile) <= target.limit_s
+        level = target.percentile / 100
+        left_s = target.limit_s - 2 * level * self.notice_s - self.host_s
+        return left_s > 0 and self._late_share(left_s) <= 1 - level
 
     def itl_s(self, percentile: float) -> float:
         """A percentile of the gap between two tokens of a stream."""
@@ -170,11 +183,7 @@ class OperatingPoint:
 
     def meets(self, levels: tuple[ServiceLevel, ...]) -> bool:
         """Whether every promise of every class holds."""
-        return all(
-            self.latency_s(target.metric, target.percentile) <= target.limit_s
-            for level in levels
-            for target in level.targets
-        )
+        return all(self.keeps(target) for level in levels for target in level.targets)
 
 
 def operating_point(instance: Instance, demand: Demand, rate_rps: float) -> OperatingPoint | None:

@@ -16,7 +16,7 @@ from tierline.planner.finding import Candidate, Plan, Question
 from tierline.planner.load import Demand
 from tierline.workload.profile import Lengths, Profile
 
-QUANTILES = 20  # equally likely lengths that stand for a distribution
+QUANTILES = 40  # equally likely lengths that stand for a distribution
 AVERAGE_LOAD = 0.5  # of the peak, where nothing says more: fleets run at 30-60 %
 BURSTINESS_MAX = 4.0  # gaps inside a busy minute; a trace's idle hours must not count as bursts
 

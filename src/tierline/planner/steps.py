@@ -17,6 +17,7 @@ from tierline.base.units import (
     significant,
 )
 from tierline.catalog.formats import KV_FORMATS, WEIGHT_FORMATS, weight_format
+from tierline.catalog.gpu import GpuSpec
 from tierline.perf.cost import instances_guide_mode, usd_per_million_tokens
 from tierline.perf.evidence import EXACT, Evidence, Value
 from tierline.perf.limits import input_cap_tokens, shed_depth
@@ -115,7 +116,7 @@ def select_hardware(view: View) -> Finding:
     return Finding(
         step=2,
         title="Hardware",
-        answer=f"{gpu.title}: the cheapest of {len(per_gpu)} kinds that keep every promise.",
+        answer=f"{short_title(gpu)}: the cheapest of {len(per_gpu)} kinds that keep every promise.",
         inputs={
             "peak bf16": f"{gpu.flops_per_s['bf16'] / 1e12:,.0f} TFLOP/s",
             "memory rate": f"{gpu.memory_bytes_per_s / 1e12:.2f} TB/s",
@@ -328,7 +329,7 @@ def draw_baseline_curve(view: View) -> Finding:
     return Finding(
         step=7,
         title="Baseline curve",
-        answer=f"without prefix reuse one instance keeps every promise up to {_rate(use)}; "
+        answer=f"Without prefix reuse one instance keeps every promise up to {_rate(use)}; "
         f"it saturates at {_rate(top)} on {peak.bound if peak else 'memory'}.",
         inputs={
             "chunk": f"{best.instance.chunk_tokens:,} tokens",
@@ -348,7 +349,7 @@ def draw_baseline_curve(view: View) -> Finding:
 def choose_kv_strategy(view: View) -> Finding:
     """Step 8: paging, quantised KV, prefix reuse, routing for it, and lower tiers."""
     best, load = view.best, view.load
-    chosen = ["paging in blocks of 16"]
+    chosen = ["Paging in blocks of 16"]
     chosen += ["FP8 KV"] if best.layout.kv == "fp8" else []
     chosen += ["prefix cache"] if best.hit_rate > 0.01 else []
     many = best.pessimistic.instances > 1
@@ -393,7 +394,7 @@ def choose_batching(view: View) -> Finding:
     return Finding(
         step=9,
         title="Batching",
-        answer=f"continuous batching, prompts in chunks of {instance.chunk_tokens:,} tokens: a "
+        answer=f"Continuous batching, prompts in chunks of {instance.chunk_tokens:,} tokens: a "
         f"step is {format_seconds(point.decode_step_s)} without and "
         f"{format_seconds(point.chunk_step_s)} with a full chunk.",
         inputs={
@@ -444,7 +445,7 @@ def draw_final_curve(view: View) -> Finding:
     return Finding(
         step=10,
         title="Final curve",
-        answer=f"one instance carries {_rate(low.usable_rps)} at the pessimistic edge "
+        answer=f"One instance carries {_rate(low.usable_rps)} at the pessimistic edge "
         f"({_rate(mid.usable_rps)} expected, {_rate(high.usable_rps)} optimistic).",
         inputs={
             "step-time band": f"{best.evidence.low:g} to {best.evidence.high:g} of the law",
@@ -570,7 +571,7 @@ def set_triggers(view: View) -> Finding:
     return Finding(
         step=13,
         title="Validation",
-        answer=f"plan again when TTFT p99 exceeds {format_seconds(ttft_s * TTFT_DRIFT_MAX)} at "
+        answer=f"Plan again when TTFT p99 exceeds {format_seconds(ttft_s * TTFT_DRIFT_MAX)} at "
         f"{_rate(point.rate_rps)} an instance, or utilization falls {UTILIZATION_DROP_POINTS} "
         "points below the benchmark at equal rate.",
         inputs={
@@ -615,10 +616,15 @@ def headline(view: View) -> str:
     cost = f"; {format_usd(edge.usd_per_year)} a year" if edge.usd_per_year is not None else ""
     promises = "; ".join(str(level) for level in view.question.levels)
     return (
-        f"{edge.instances} x {best.layout.gpus} {best.gpu.title} ({_count(edge.gpus, 'GPU')}) hold "
-        f"{promises} at {_rate(view.load.rate_rps)}{cost}; breaks first at {_rate(breaks)}, on "
+        f"{edge.instances} x {best.layout.gpus} {short_title(best.gpu)} "
+        f"({_count(edge.gpus, 'GPU')}) hold {promises} at {_rate(view.load.rate_rps)}{cost}; breaks first at {_rate(breaks)}, on "
         f"{edge.point.bound}."
     )
+
+
+def short_title(gpu: GpuSpec) -> str:
+    """The accelerator's name without what the catalogue adds in brackets."""
+    return gpu.title.partition(" (")[0]
 
 
 def caveats(view: View) -> tuple[str, ...]:
@@ -637,7 +643,7 @@ def caveats(view: View) -> tuple[str, ...]:
     price = best.gpu.price
     if price.typical_usd is not None and price.source != "user":
         lines.append(
-            f"Price {format_usd(price.typical_usd)}/GPU-h is a default of {price.as_of}: "
+            f"Price {format_usd(price.typical_usd)}/GPU-h is a default ({price.as_of}): "
             f"{price.source}."
         )
     budget = view.question.budget_usd_per_year
