@@ -617,7 +617,8 @@ def headline(view: View) -> str:
     promises = "; ".join(str(level) for level in view.question.levels)
     return (
         f"{edge.instances} x {best.layout.gpus} {short_title(best.gpu)} "
-        f"({_count(edge.gpus, 'GPU')}) hold {promises} at {_rate(view.load.rate_rps)}{cost}; breaks first at {_rate(breaks)}, on "
+        f"({_count(edge.gpus, 'GPU')}) hold {promises} "
+        f"at {_rate(view.load.rate_rps)}{cost}; breaks first at {_rate(breaks)}, on "
         f"{edge.point.bound}."
     )
 
