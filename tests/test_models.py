@@ -593,5 +593,7 @@ def test_every_architecture_has_a_bundled_model() -> None:
 
 @pytest.mark.parametrize("name", NAMES)
 def test_every_bundled_model_says_where_its_shapes_come_from(name: str) -> None:
+    assert bundled(name)["_hf_id"] == load_model(name).hf_id
+    assert load_model(bundled(name)["_hf_id"]).name == name
     assert bundled(name)["_source"] == load_model(name).source
     assert load_model(name).source

@@ -102,6 +102,7 @@ class ModelSpec:
     positions_max: int
     native_format: str  # the format of the published weights: bf16, fp8, mxfp4
     source: str  # where a reader can check the shapes
+    hf_id: str | None = None  # the published name that an engine loads
 
     def __post_init__(self) -> None:
         if self.layers != sum(group.layers for group in self.ffn):

@@ -149,6 +149,7 @@ def model_from_config(config: Mapping[str, Any], *, name: str, source: str) -> M
         positions_max=positions_max,
         native_format=native_format(fields),
         source=source,
+        hf_id=config.get("_hf_id"),
     )
 
 
