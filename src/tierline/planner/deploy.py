@@ -26,7 +26,11 @@ def deployment_of(view: View) -> Deployment:
         per_instance = best.dram_bytes_per_instance
         tiers.append(Tier(name="dram", capacity_bytes=per_instance))
     return Deployment(
-        model=ModelRef(name=model.name, hf_id=question.hf_id or model.hf_id, config=question.config_path),
+        model=ModelRef(
+            name=model.name,
+            hf_id=question.hf_id or model.hf_id,
+            config=question.config_path,
+        ),
         gpu=question.gpu_files.get(best.gpu.name, best.gpu.name),
         replicas=edge.instances,
         weight_format=layout.weights,
