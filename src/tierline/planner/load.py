@@ -90,7 +90,8 @@ class OperatingPoint:
     queue_s: float  # mean wait behind other prompts
     notice_s: float  # mean time until a step begins that can see the request
     prompts_s: tuple[float, ...]  # own prefill time of each equally likely prompt
-    chunk_step_s: float  # a gap with a full chunk in it
+    chunk_step_s: float  # a gap with the most prompt tokens that busy moments bring
+    stall_s: float  # scale of the time that decodes stand still for prompts; 0 where steps mix
     kv_share: float  # of the KV pool, in a busy moment
     slot_share: float
     host_s: float
@@ -154,6 +155,10 @@ class OperatingPoint:
         level = percentile / 100
         if 1 - level >= self.mixed_share:
             return self.decode_step_s
+        if self.stall_s:  # as long as prompts keep coming: an exponential tail
+            return self.decode_step_s + self.stall_s * max(
+                1.0, math.log(self.mixed_share / (1 - level))
+            )
         # Among steps with prompt tokens, the larger chunks make the tail.
         among_mixed = 1 - (1 - level) / self.mixed_share
         return self.mixed_step_s + (self.chunk_step_s - self.mixed_step_s) * among_mixed
@@ -365,7 +370,15 @@ def _point(instance: Instance, demand: Demand, mix: _Mix) -> OperatingPoint | No
     burst = (demand.arrival_cv2 + prompts.work_cv2) / (1 + prompts.work_cv2)
     gap_s = mix.running / (rate_rps * demand.output_mean)
     notice_s = mix.busy * max(mix.mixed_s / 2 - residual_s, 0.0) + (1 - mix.busy) * mix.decode_s / 2
-    chunk_s = _mixed_step(instance, demand, max(math.ceil(mix.running), 1), math.inf)[1]
+    # The largest prompt of a step, and the others that a Poisson stream brings beside it.
+    fresh = [t * (1 - demand.hit_rate) for t in demand.input_tokens]
+    others = max(mix.mixed_tokens - demand.fresh_mean, 0.0)
+    crowd = Z99 * math.sqrt(others * _mean([f * f for f in fresh]) / demand.fresh_mean)
+    decodes = max(math.ceil(mix.running), 1)
+    most = max(mix.mixed_tokens, *fresh) + crowd
+    chunk_s = _mixed_step(instance, demand, decodes, most)[1]
+    # Busy periods vary more than an exponential does: (1 + cv2) / 2 of M/G/1, as a spread.
+    spread = math.sqrt(max((1 + (prompts.work_cv2 + load) / (1 - load)) / 2, 1.0))
     mixed_gap_s, mixed_share = _mixed_gap(instance, mix)
     return OperatingPoint(
         rate_rps=rate_rps,
@@ -385,7 +398,8 @@ def _point(instance: Instance, demand: Demand, mix: _Mix) -> OperatingPoint | No
                 demand.input_tokens, prompts.own_s, prompts.single_chunk, strict=True
             )
         ),
-        chunk_step_s=max(chunk_s + mixed_gap_s - mix.mixed_s, mixed_gap_s),
+        chunk_step_s=max(chunk_s, mixed_gap_s),
+        stall_s=0.0 if instance.engine.mixes_prefill else spread * (mixed_gap_s - mix.decode_s),
         kv_share=kv_share,
         slot_share=slot_share,
         host_s=instance.engine.host_s,
