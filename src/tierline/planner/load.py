@@ -360,15 +360,21 @@ class _Mix:
 
 def _point(instance: Instance, demand: Demand, mix: _Mix) -> OperatingPoint | None:
     prompts, rate_rps = mix.prompts, mix.rate_rps
-    busy_moment = mix.running + Z99 * math.sqrt(mix.running * max(demand.arrival_cv2, 1.0))
+    load = rate_rps * prompts.work_mean_s
+    residual_s = (1 + prompts.work_cv2) / 2 * prompts.work_mean_s  # of work in progress
+    burst = (demand.arrival_cv2 + prompts.work_cv2) / (1 + prompts.work_cv2)
+    queue_s = load / (1 - load) * burst * residual_s
+    gap_s = mix.running / (rate_rps * demand.output_mean)
+    # Prompts come in bursts: the ones behind a prompt slow its first tokens more than the mean.
+    behind_s = queue_s / (1 - load)
+    behind_s *= max(1 - gap_s / mix.mixed_s, 0.0) if instance.engine.mixes_prefill else 1.0
+    gap_s += behind_s / demand.output_mean
+    running = mix.running + rate_rps * behind_s
+    busy_moment = running + Z99 * math.sqrt(running * max(demand.arrival_cv2, 1.0))
     kv_share = (busy_moment * demand.context_mean + demand.input_mean) / instance.kv_tokens
     slot_share = busy_moment / instance.sequences_max
     if max(kv_share, slot_share) > 1:
         return None
-    load = rate_rps * prompts.work_mean_s
-    residual_s = (1 + prompts.work_cv2) / 2 * prompts.work_mean_s  # of work in progress
-    burst = (demand.arrival_cv2 + prompts.work_cv2) / (1 + prompts.work_cv2)
-    gap_s = mix.running / (rate_rps * demand.output_mean)
     notice_s = mix.busy * max(mix.mixed_s / 2 - residual_s, 0.0) + (1 - mix.busy) * mix.decode_s / 2
     # The largest prompt of a step, and the others that a Poisson stream brings beside it.
     fresh = [t * (1 - demand.hit_rate) for t in demand.input_tokens]
@@ -382,14 +388,14 @@ def _point(instance: Instance, demand: Demand, mix: _Mix) -> OperatingPoint | No
     mixed_gap_s, mixed_share = _mixed_gap(instance, mix)
     return OperatingPoint(
         rate_rps=rate_rps,
-        running=mix.running,
+        running=running,
         step_s=gap_s,
         decode_step_s=mix.decode_s,
         mixed_step_s=mixed_gap_s,
         mixed_share=mixed_share,
         mixed_tokens=mix.mixed_tokens,
         busy=mix.busy,
-        queue_s=load / (1 - load) * burst * residual_s,
+        queue_s=queue_s,
         notice_s=notice_s + gap_s * instance.engine.wait_steps / 2,
         # Short prompts wait for the whole step they share; loads hold up no step, only the prompt.
         prompts_s=tuple(
