@@ -9,27 +9,25 @@ from typing import Any
 
 from tierline.base.units import HOURS_PER_YEAR
 from tierline.catalog.gpus import with_price
-from tierline.perf.cost import api_usd_per_request, break_even_rps, kwh_per_million_tokens
+from tierline.perf.cost import (
+    api_usd_per_request,
+    break_even_rps,
+    kwh_per_million_tokens,
+    relative_cost,
+    usd_per_million_tokens,
+)
 from tierline.perf.evidence import Evidence, Value, weakest
 from tierline.perf.step import StepCost
-from tierline.perf.transfer import cold_start
-from tierline.planner.candidates import Load, evaluate, rank
+from tierline.planner.candidates import Load, evaluate, rank, with_dram
 from tierline.planner.finding import Candidate, LoadPoint, Sensitivity
 from tierline.planner.load import OperatingPoint, operating_point, saturated_rate
-from tierline.planner.steps import View, best_per_gpu
+from tierline.planner.steps import COLD_START, View, best_per_gpu, lead_time_s
 
 CURVE_POINTS = 24
 CURVE_PAST_USABLE = 2.5
 CONTENDERS = 6  # candidates that a variation may promote
 SPLITS = (0.5, 0.8, 0.9, 0.95)
-ENGINE_INIT_S = 60.0  # process start, graph capture, warm-up
-CONTAINER_START_S = 30.0
-COLD_START = Evidence(
-    kind="assumed",
-    source="weights over NVMe, plus 30 s container and 60 s engine start; measure per fleet",
-    low=0.5,
-    high=2.5,
-)
+LOAD_SHARES = (0.02, 0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0)
 
 
 # --- the band -------------------------------------------------------------------------------
@@ -81,12 +79,16 @@ def cost_by_load(candidate: Candidate) -> tuple[Mapping[str, float], ...]:
     if edge.usd_per_hour is None:
         return ()
     per_request = candidate.demand.input_mean + candidate.demand.output_mean
-    capacity_per_hour = edge.instances * edge.usable_rps * per_request * 3600
-    full = edge.usd_per_hour / capacity_per_hour * 1e6
-    shares = (0.02, 0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0)
+    capacity = edge.instances * edge.usable_rps * per_request
     return tuple(
-        {"share": share, "usd_per_million_tokens": full / share, "penalty": 1 / share}
-        for share in shares
+        {
+            "share": share,
+            "usd_per_million_tokens": usd_per_million_tokens(
+                edge.usd_per_hour, capacity_tokens_per_s=capacity, utilization=share
+            ),
+            "penalty": relative_cost(share),
+        }
+        for share in LOAD_SHARES
     )
 
 
@@ -149,6 +151,7 @@ def _again(
         outcome = evaluate(view.question, cost, load or view.load)
         if isinstance(outcome, Candidate):
             outcomes.append(outcome)
+    outcomes += with_dram(view.question, outcomes, load or view.load)
     winner = min(outcomes, key=rank, default=None)
     if winner is None:
         return Sensitivity(
@@ -252,19 +255,12 @@ def facts(view: View) -> dict[str, Value]:
             amount=per_million, unit="kWh per million tokens", evidence=evidence
         )
     weights = best.memory.weights_bytes * best.layout.gpus
-    # Instances of a node start together and share its drives.
-    nvme = best.gpu.nvme
-    start = cold_start(
-        best.memory.weights_bytes * nvme.shared_by_gpus,
-        bytes_per_s=nvme.read_bytes_per_s,
-        init_s=CONTAINER_START_S + ENGINE_INIT_S,
-    )
     numbers["weights"] = Value(
         amount=weights / 1e9,
         unit="GB per instance",
         evidence=Evidence(kind="exact", source="shapes and format"),
     )
-    numbers["cold_start"] = Value(amount=start.total_s, unit="s", evidence=COLD_START)
+    numbers["cold_start"] = Value(amount=lead_time_s(best), unit="s", evidence=COLD_START)
     numbers |= _break_even(view, weakest(best.evidence, COLD_START))
     return numbers
 

@@ -24,6 +24,7 @@ from tierline.perf.limits import input_cap_tokens, shed_depth
 from tierline.perf.memory import activation_bytes, kv_bytes_per_token, weight_bytes
 from tierline.perf.speculation import batch_crossover
 from tierline.perf.step import collective_s
+from tierline.perf.transfer import cold_start
 from tierline.planner.candidates import Load, Search
 from tierline.planner.finding import Candidate, Finding, Question, Rejected
 from tierline.planner.load import saturated_rate, usable_rate
@@ -31,6 +32,14 @@ from tierline.workload.profile import Lengths, Profile, phase_balance
 
 LARGE_FLEET_GPUS = 8  # below it, a second model tier is not worth its operation
 TTFT_DRIFT_MAX = 1.30
+CONTAINER_START_S = 30.0
+ENGINE_INIT_S = 60.0  # process start, graph capture, warm-up
+COLD_START = Evidence(
+    kind="assumed",
+    source="weights over NVMe, plus 30 s container and 60 s engine start; measure per fleet",
+    low=0.5,
+    high=2.5,
+)
 UTILIZATION_DROP_POINTS = 20
 TRACE = Evidence(kind="measured", source="the trace")
 GIVEN = Evidence(kind="assumed", source="the rate given by the user")
@@ -503,10 +512,30 @@ def size_fleet(view: View) -> Finding:
         rule=f"ceil(ceil(rate / usable) x safety) = {_count(guide, 'instance')}",
         computed=f"rounding once: {_count(low.instances, 'instance')}"
         + ("" if guide == low.instances else "; rounding twice buys instances nobody asked for"),
-        notes=("one instance has no spare: a failure stops the service",)
-        if low.instances == 1
-        else (),
+        notes=(
+            *_spare_note(low.instances),
+            f"a new instance serves {format_seconds(lead_time_s(best))} after it is asked for: "
+            "scale on a forecast that far ahead, keep a warm spare, and never scale to zero",
+        ),
     )
+
+
+def _spare_note(instances: int) -> tuple[str, ...]:
+    return ("one instance has no spare: a failure stops the service",) if instances == 1 else ()
+
+
+def lead_time_s(candidate: Candidate) -> float:
+    """From asking for an instance to its first token: weights from NVMe, container, engine.
+
+    Instances of a node start together and share its drives.
+    """
+    nvme = candidate.gpu.nvme
+    start = cold_start(
+        candidate.memory.weights_bytes * nvme.shared_by_gpus,
+        bytes_per_s=nvme.read_bytes_per_s,
+        init_s=CONTAINER_START_S + ENGINE_INIT_S,
+    )
+    return start.total_s
 
 
 def price_fleet(view: View) -> Finding:
