@@ -51,6 +51,14 @@ def sent_ms(gigabits):
     return 1e3 * transfer.transfer_s(kv(r70(), 4000), bytes_per_s=rate)
 
 
+def packed_over_half():
+    """What INT8 in flight adds to half the bytes; a scale for the 128 elements of a head."""
+    whole = kv(r70(), 4000)
+    packed = quantization.packed_bits(8, group=128)
+    sent = transfer.in_flight_bytes(whole, kv_bits=16, wire_bits=packed)
+    return (sent / whole, sent_ms(10) * sent / whole)
+
+
 def piped(prefill_s, sent_s):
     return transfer.pipelined_s(prefill_s, sent_s, layers=80)
 
@@ -66,8 +74,8 @@ def gains(narrow_gb):
     )
 
 
-def batch_of(gain):
-    return quantization.batch_at_speedup(gain, narrow_bytes=35e9, **FIGURE_4K)
+def batch_of(gain, narrow_gb=35):
+    return quantization.batch_at_speedup(gain, narrow_bytes=narrow_gb * GB, **FIGURE_4K)
 
 
 def ceiling_ms(bandwidth):
@@ -345,9 +353,11 @@ SPECULATION = [
     Oracle(
         id="S5-ERR-115",
         formula="100 + 5 x 5 ms; 3 tokens, with the correction 4",
-        law=lambda: (3 * 100 / (100 + 5 * 5), 4 * 100 / (100 + 5 * 5)),
+        law=lambda: tuple(
+            speculation.speedup_by_ratio(accepted / 5, 5, draft_cost=0.05) for accepted in (2, 3)
+        ),
         want=(2.4, 3.2),
-        source_said=3 * 100 / 115,
+        source_said=(3 * 100 / 115, None),
         erratum="five drafts cost 125 ms",
     ),
     Oracle(
@@ -429,6 +439,13 @@ DISAGGREGATION = [
         law=lambda: tuple(sent_ms(g) for g in (10, 25, 100, 400, 3600)),
         want=(1049, 419, 104.9, 26.2, 2.9),
         relative=0.005,
+    ),
+    Oracle(
+        id="S6-int8",
+        formula="INT8 in flight: share of the bytes, over 10 Gb/s, ms",
+        law=packed_over_half,
+        want=(0.5078, 532.5),
+        relative=0.001,
     ),
     Oracle(
         id="S6-pipeline",
@@ -548,6 +565,13 @@ QUANTIZATION = [
         formula="batch where W4 gives 2.5x",
         law=lambda: batch_of(2.5),
         want=26,
+        relative=0.02,
+    ),
+    Oracle(
+        id="S8-batch-W8",
+        formula="batch where W8 gives 1.5x",
+        law=lambda: batch_of(1.5, 70),
+        want=52,
         relative=0.02,
     ),
     Oracle(

@@ -1,16 +1,22 @@
 """The sizing laws reproduce every published figure that is right, and none that is wrong."""
 
-import math
+import hashlib
+import re
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
 
-from oracle_table import PERCENT, Oracle, agrees, contradicts_source, ids
+from oracle_table import ARITHMETIC, CATALOGUE, PERCENT, Oracle, agrees, contradicts_source, ids
 from shapes import r70
 from tierline.base.units import GB
 from tierline.catalog.formats import KV_FORMATS, WEIGHT_FORMATS
+from tierline.catalog.gpus import load_gpu
+from tierline.catalog.models import load_model
 from tierline.perf import cost, curve, limits, memory, parallel, quantization, roofline, transfer
-from tierline.perf.speculation import tokens_per_pass
+from tierline.perf.speculation import speedup, tokens_per_pass
+from tierline.perf.step import load_rates
+from tierline.workload.profile import WindowRates
 
 BF16, FP8, NVFP4 = (KV_FORMATS[n] for n in ("bf16", "fp8", "nvfp4"))
 W = WEIGHT_FORMATS
@@ -94,19 +100,78 @@ def share(profile_in, profile_out):
     ).name
 
 
+def over_mean(mean, **rates):
+    return WindowRates(window_s=60, **rates).scaled(1 / mean)
+
+
+def score_entries(tokens):
+    """Entries of one head's score matrix; a causal prompt computes half of them."""
+    heads_flops = LAYERS_70B * 64 * 2 * (128 + 128)
+    return 2 * roofline.attention_flops(r70(), tokens) / heads_flops
+
+
+def gain_of_shorter_prompts(prefill_share):
+    faster = 1 / (1 - 0.30)
+    return roofline.hardware_score(prefill_share, flops_ratio=faster, bandwidth_ratio=1) - 1
+
+
+def bf16_tflops(name):
+    return load_gpu(name).flops_per_s["bf16"] / 1e12
+
+
+def mi300x_over_h100(mi300x=1.0, h100=1.0):
+    ratio = bf16_tflops("mi300x") * mi300x / (bf16_tflops("h100-sxm") * h100)
+    return roofline.hardware_score(1.0, flops_ratio=ratio, bandwidth_ratio=1)
+
+
+def experts_of(name):
+    group = next(g for g in load_model(name).ffn if g.experts)
+    shared = group.shared_params_per_layer / group.params_per_expert
+    return (group.experts_active, shared, group.experts)
+
+
+def golden_tp(headroom):
+    """The golden scenario: 122.4 GB in FP8 with FP8 KV."""
+    total = floor(70, kv_gb(48, 1200, FP8), 28).total_bytes
+    return parallel.lowest_tp(
+        r70(), total_bytes=headroom * total, gpu_memory_bytes=GPU, gpus_per_node=8
+    )
+
+
+def best_concurrency(**limits_s):
+    """`C_max` of a sweep whose ITL breaks before its TTFT."""
+    points = tuple(
+        curve.CurvePoint(
+            concurrency=c, rps=c / 4, ttft_p50_s=0.5, ttft_p99_s=ttft, itl_p50_s=0.01, itl_p99_s=itl
+        )
+        for c, ttft, itl in ((16, 1.0, 0.02), (32, 1.5, 0.04), (48, 2.0, 0.06))
+    )
+    return curve.c_max(curve.Curve(points=points, source="benchmark"), **limits_s).concurrency
+
+
 def resize(**values):
     return bool(limits.resize_reasons(**values))
 
 
 OPENING = [
     Oracle(
+        id="E2",
+        formula="routing is asked of fleets of 8, 9 GPUs with a skew",
+        law=lambda: tuple(
+            int(cost.evaluate_routing(fleet_gpus_=n, skew_measured=True)) for n in (8, 9)
+        ),
+        want=(0, 1),
+        erratum="8-10 elsewhere",
+    ),
+    Oracle(
         id="E8",
         formula="inference $2.3B over training $100M and $78M",
         law=lambda: (2.3e9 / 100e6, 2.3e9 / 78e6),
         want=(23.0, 29.487),
         relative=0.001,
-        source_said=15,
+        source_said=(15, 23),
         erratum="15-23 times",
+        basis=ARITHMETIC,
     ),
     Oracle(
         id="E9",
@@ -152,7 +217,10 @@ WORKLOAD = [
     Oracle(
         id="O1.2",
         formula="P95 / mean, P99 / mean",
-        law=lambda: (160 / 65, 180 / 65),
+        law=lambda: (
+            over_mean(65, p50=65, p95=160, p99=180, max=180).p95,
+            over_mean(65, p50=65, p95=160, p99=180, max=180).p99,
+        ),
         want=(2.46, 2.77),
         relative=PERCENT,
     ),
@@ -200,6 +268,16 @@ WORKLOAD = [
         formula="archetype of 500 in / 500 out",
         law=lambda: share(500, 500),
         want="balanced",
+    ),
+    Oracle(
+        id="E54-itl",
+        formula="C_max under TTFT 2 s; and ITL 50 ms",
+        law=lambda: (
+            best_concurrency(ttft_p99_s=2.0),
+            best_concurrency(ttft_p99_s=2.0, itl_p99_s=0.05),
+        ),
+        want=(48, 32),
+        erratum="C_max ignores the ITL limit",
     ),
 ]
 
@@ -276,7 +354,7 @@ MEMORY = [
         law=lambda: sized(140, kv_gb(50, 8000), 28),
         want=(314.07, 4),
         relative=PERCENT,
-        source_said=287,
+        source_said=(287, None),
         erratum="E1: stale KV",
     ),
     Oracle(id="O2.8", formula="70 + 52 + 28 + 15", law=lambda: sized(70, 52, 28), want=(165.0, 3)),
@@ -329,7 +407,22 @@ MEMORY = [
         source_said=4,
         erratum="4 is the low end alone",
     ),
-    Oracle(id="O2.12", formula="8 adapters of 100 MB, GB", law=lambda: 8 * 100e6 / GB, want=0.8),
+    Oracle(
+        id="O2.12",
+        formula="8 adapters of 100 MB add to the floor, GB",
+        law=lambda: (
+            memory.memory_floor(
+                weights_bytes=0,
+                kv_bytes=0,
+                activations_bytes=0,
+                adapters_bytes=8 * 100e6,
+                overhead_total_bytes=0,
+                gpu_memory_bytes=GPU,
+            ).total_bytes
+            / GB
+        ),
+        want=0.8,
+    ),
     Oracle(
         id="O2.13",
         formula="3 % and 8 % of 140 GB",
@@ -357,7 +450,7 @@ MEMORY = [
     Oracle(
         id="O2.15",
         formula="N^2 at 8K, 32K",
-        law=lambda: (8192**2, 32_768**2),
+        law=lambda: (score_entries(8192), score_entries(32_768)),
         want=(67_108_864, 1_073_741_824),
     ),
     Oracle(
@@ -408,7 +501,7 @@ MEMORY = [
     Oracle(
         id="E17",
         formula="GPUs of 80 GB for 140 GB",
-        law=lambda: math.ceil(140e9 / GPU),
+        law=lambda: floor(140, 0, 0, 0).gpus_min,
         want=2,
         source_said=8,
         erratum="not a full node",
@@ -459,6 +552,7 @@ ROOFLINE = [
         law=lambda: (4700 / 80, 4510 / 80),
         want=(58.8, 56.4),
         relative=0.002,
+        basis=ARITHMETIC,
     ),
     Oracle(
         id="O3.6",
@@ -511,8 +605,51 @@ ROOFLINE = [
         formula="prefill of W8A8 and W4A16 over 16 bit",
         law=lambda: (quantization.METHODS["FP8"].prefill, quantization.METHODS["W4A16"].prefill),
         want=(1.8, 0.8),
-        source_said=1.0,
+        source_said=(1.0, None),
         erratum="true for weight-only formats alone",
+    ),
+    Oracle(
+        id="E21",
+        formula="H100 SXM, A100: dense BF16 of the catalogue, TFLOPS",
+        law=lambda: (bf16_tflops("h100-sxm"), bf16_tflops("a100-80")),
+        want=(989, 312),
+        erratum="989 is labelled TF32, which reaches it with sparsity alone",
+        basis=CATALOGUE,
+    ),
+    Oracle(
+        id="E23",
+        formula="BF16 of MI300X over H100: 1307 / 989",
+        law=mi300x_over_h100,
+        want=1.3215,
+        relative=0.001,
+        erratum="on paper it is the reverse",
+        basis=CATALOGUE,
+    ),
+    Oracle(
+        id="E23-derated",
+        formula="the same at a sustained 45 % and 93 %",
+        law=lambda: mi300x_over_h100(0.45, 0.93),
+        want=0.6394,
+        relative=0.001,
+    ),
+    Oracle(
+        id="E25",
+        formula="KV precision alone asks for a long-context evaluation",
+        law=lambda: (
+            quantization.LONG_CONTEXT_GATE
+            in quantization.precision_advice("long-context", generation="Hopper").gates
+        ),
+        want=True,
+        erratum="no validation needed",
+    ),
+    Oracle(
+        id="E27",
+        formula="TP of 140 GB in a node of 8 x 80 GB",
+        law=lambda: parallel.lowest_tp(
+            r70(), total_bytes=140e9, gpu_memory_bytes=GPU, gpus_per_node=8
+        ),
+        want=2,
+        erratum="INT4 does not avoid a second node; there is none",
     ),
 ]
 
@@ -576,7 +713,36 @@ PARALLEL = [
         law=lambda: parallel.expert_throughput_share(load_max=3, load_mean=1),
         want=1 / 3,
     ),
-    Oracle(id="O5.6", formula="900 / 128", law=lambda: 900 / 128, want=7.03, relative=0.001),
+    Oracle(
+        id="O5.6",
+        formula="seconds over 128 GB/s and over 900",
+        law=lambda: (
+            transfer.transfer_s(1e9, bytes_per_s=128e9)
+            / transfer.transfer_s(1e9, bytes_per_s=900e9)
+        ),
+        want=7.03,
+        relative=0.001,
+    ),
+    Oracle(
+        id="E30",
+        formula="DeepSeek-V3: routed, shared, of how many experts",
+        law=lambda: experts_of("deepseek-v3"),
+        want=(8, 1, 256),
+        source_said=(2, None, None),
+        erratum="top-2",
+        basis=CATALOGUE,
+    ),
+    Oracle(
+        id="E30-params",
+        formula="its parameters, and those of one token; 1e9",
+        law=lambda: (
+            load_model("deepseek-v3").params / 1e9,
+            load_model("deepseek-v3").params_active / 1e9,
+        ),
+        want=(671, 37),
+        relative=0.02,
+        basis=CATALOGUE,
+    ),
     Oracle(
         id="E7",
         formula="legal TP for 6 GPUs of a 70B",
@@ -641,7 +807,7 @@ BATCHING = [
         ),
         want=(32.8, 0.66),
         relative=PERCENT,
-        source_said=16,
+        source_said=(16, 0.04),
         erratum="E33",
     ),
     Oracle(
@@ -685,6 +851,15 @@ BATCHING = [
         erratum="E35",
     ),
     Oracle(
+        id="E36",
+        formula="speculation at acceptance .1, 5 drafts of .05",
+        law=lambda: speedup(0.1, 5, draft_cost=0.05),
+        want=0.8889,
+        relative=0.001,
+        source_said=1.0,
+        erratum="never worse",
+    ),
+    Oracle(
         id="O6.E",
         formula="(1 - a^6) / (1 - a), a = .7, .6",
         law=lambda: (tokens_per_pass(0.7, 5), tokens_per_pass(0.6, 5)),
@@ -713,6 +888,35 @@ KV = [
         law=lambda: 50 / (8000 + 4000 + 50),
         want=0.00415,
         relative=0.001,
+        basis=ARITHMETIC,
+    ),
+    Oracle(
+        id="O7.4",
+        formula="replica of hash 17 of 4, of 5",
+        law=lambda: (17 % 4, 17 % 5),
+        want=(1, 2),
+        basis=ARITHMETIC,
+    ),
+    Oracle(
+        id="O7.4-moved",
+        formula="4 to 5 replicas: stay, move by modulo; move by ring",
+        law=lambda: (
+            1 - parallel.prefixes_moved_share(4, ring=False),
+            parallel.prefixes_moved_share(4, ring=False),
+            parallel.prefixes_moved_share(4, ring=True),
+        ),
+        want=(1 / 5, 4 / 5, 1 / 5),
+    ),
+    Oracle(
+        id="E39",
+        formula="round robin over 4, 100 requests a prefix: caches that hold a share, all",
+        law=lambda: tuple(
+            parallel.round_robin_hit_share(4, requests_per_prefix=100, caches_hold_all=every)
+            for every in (False, True)
+        ),
+        want=(0.25, 0.96),
+        source_said=(None, 0.25),
+        erratum="1 / N is for caches too small for every prefix",
     ),
     Oracle(
         id="O7.5",
@@ -720,7 +924,7 @@ KV = [
         law=lambda: tuple(kv_gb(50, 4000, f) for f in (BF16, FP8, NVFP4)),
         want=(65.5, 32.8, 18.4),
         relative=PERCENT,
-        source_said=52,
+        source_said=(52, 26, 13),
         erratum="E1",
     ),
     Oracle(
@@ -729,7 +933,7 @@ KV = [
         law=lambda: (BF16.bits / NVFP4.bits, 1 - NVFP4.bits / FP8.bits),
         want=(3.56, 0.4375),
         relative=0.002,
-        source_said=4,
+        source_said=(4, 0.5),
         erratum="4 bits without scales",
     ),
     Oracle(
@@ -770,9 +974,11 @@ KV = [
     Oracle(
         id="E45",
         formula="waste when 20 % and 38 % of the slots are used",
-        law=lambda: (1 - 0.20, 1 - 0.38),
+        law=lambda: tuple(
+            memory.block_waste_tokens(used, block_tokens=100) / 100 for used in (20, 38)
+        ),
         want=(0.80, 0.62),
-        source_said=0.20,
+        source_said=(0.20, 0.38),
         erratum="20-38 % was the used share",
     ),
 ]
@@ -862,14 +1068,30 @@ TCO = [
     Oracle(
         id="OT.4",
         formula="1 / (1 - 0.3) - 1, cost in proportion to the prompt",
-        law=lambda: 1 / (1 - 0.30) - 1,
+        law=lambda: gain_of_shorter_prompts(1.0),
         want=0.429,
         relative=0.001,
         source_said=0.30,
         erratum="E50: at most, and only then",
     ),
     Oracle(
-        id="OT.5-tokens", formula="13 x 12 x 200 tokens/s", law=lambda: 13 * 12 * 200, want=31_200
+        id="OT.4-half",
+        formula="the same when prompts are half of the time",
+        law=lambda: gain_of_shorter_prompts(0.5),
+        want=0.1765,
+        relative=0.001,
+        source_said=0.30,
+        erratum="same",
+    ),
+    Oracle(
+        id="OT.5-tokens",
+        formula="13 x 12 x 200 tokens/s; $/M at that capacity",
+        law=lambda: (
+            cost.instances_needed(120, usable_rps=12, safety=1.3) * 12 * 200,
+            usd(1.0, cost.instances_needed(120, usable_rps=12, safety=1.3) * 12 * 200),
+        ),
+        want=(31_200, 1.157),
+        relative=0.001,
     ),
     Oracle(
         id="OT.5-usd",
@@ -911,6 +1133,18 @@ TCO = [
         source_said=70,
         erratum="equal weights",
     ),
+    Oracle(
+        id="E53",
+        formula="1M at $0.01, 60 % moved to $0.0005: $, total cut, cut of what moved",
+        law=lambda: (
+            1e6 * cost.blended_cost([0.4, 0.6], [0.01, 0.0005]),
+            1 - cost.blended_cost([0.4, 0.6], [0.01, 0.0005]) / 0.01,
+            1 - cost.blended_cost([0.0, 1.0], [0.01, 0.0005]) / 0.01,
+        ),
+        want=(4300, 0.57, 0.95),
+        source_said=(None, None, 0.57),
+        erratum="57 % is of the total",
+    ),
 ]
 
 MONITORING = [
@@ -945,6 +1179,32 @@ MONITORING = [
         want="ok warn warn degraded",
     ),
     Oracle(
+        id="E46",
+        formula="eviction 4, 7, 15, 21 %",
+        law=lambda: " ".join(limits.eviction_state(r) for r in (0.04, 0.07, 0.15, 0.21)),
+        want="ok warn warn degraded",
+        erratum="warns at 5-10 % in one place, over 10 % in another",
+    ),
+    Oracle(
+        id="E55",
+        formula="TP of the golden scenario at headroom 1.3, 1.5",
+        law=lambda: (golden_tp(1.3), golden_tp(1.5)),
+        want=(2, 4),
+        source_said=(4, None),
+        erratum="TP=4 without saying why",
+    ),
+    Oracle(
+        id="E56",
+        formula="TTFT p99 2.6 s, benchmark 2.0 on the limit: by the ratio, by the limit too",
+        law=lambda: tuple(
+            int(resize(ttft_p99_s=2.6, benchmark_ttft_p99_s=2.0, ttft_limit_s=limit))
+            for limit in (None, 2.0)
+        ),
+        want=(0, 1),
+        source_said=(None, 0),
+        erratum="a broken promise raises nothing",
+    ),
+    Oracle(
         id="OM.4",
         formula="2 s x 50 RPS; 80 %, 90 %",
         law=lambda: depth(2, 50),
@@ -964,7 +1224,7 @@ MONITORING = [
         law=lambda: (kv_gb(1, 131_072), 131_072 * 2 * 32 * 8 * 128 * 2 / GB),
         want=(42.9, 17.2),
         relative=PERCENT,
-        source_said=10,
+        source_said=(10, 10),
         erratum="128K costs more",
     ),
 ]
@@ -983,6 +1243,19 @@ GROUPS = {
 }
 ORACLES = [oracle for group in GROUPS.values() for oracle in group]
 KNOWN_BAD = [oracle for oracle in ORACLES if oracle.source_said is not None]
+NO_NUMBER = {
+    "E3": "which step sets DP: an order, and the golden scenario walks it",
+    "E4": "native and quantized floor are both computed: the golden scenario has both",
+    "E32": "losing a sticky route costs recomputation and no context: nothing to compute here",
+    "E38": "prefixes match by block, not whole: how an engine hashes, which a replay would show",
+    "E40": "block pools under TP empty together: how an engine is built",
+    "E41": "preemption recomputes and has no swap threshold: how an engine is built",
+    "E42": "who made Mooncake, and when SnapKV selects: attributions",
+    "E52": "a canary that forgets quality: rollouts are not planned here",
+}
+ERRATA = [f"E{n}" for n in range(1, 57)]
+CHAPTERS = {"1": 5, "2": 15, "3": 7, "5": 6, "6": 5, "7": 7, "8": 5, "T": 7, "M": 4}
+NUMBERED = [f"O{c}.{n}" for c, last in CHAPTERS.items() for n in range(1, last + 1)]
 MUST_BE_KNOWN_BAD = ("E1", "E9", "E11", "E18", "E29", "E33", "E34", "E37", "E43", "E49")
 
 
@@ -999,6 +1272,53 @@ def test_known_bad_figure_is_not_reproduced(oracle):
 @pytest.mark.parametrize("erratum", MUST_BE_KNOWN_BAD)
 def test_erratum_has_a_row(erratum):
     assert any(o.id == erratum or o.id.startswith(f"{erratum}-") for o in KNOWN_BAD)
+
+
+def mentioned(rows):
+    """Ids that rows are named after or speak of: OT.4 is the row of E50."""
+    said = " ".join(f"{o.id.split('-')[0]} {o.formula} {o.erratum}" for o in rows)
+    return set(re.findall(r"\b(?:E\d+|O[\dTM]\.\d+)\b", said))
+
+
+def test_every_oracle_and_erratum_is_a_row_or_is_listed():
+    assert (set(ERRATA) | set(NUMBERED)) - mentioned(ORACLES) == set(NO_NUMBER)
+
+
+def test_a_missing_row_is_seen():
+    rest = [o for o in ORACLES if not o.id.startswith("O7.4")]
+
+    assert set(NUMBERED) - mentioned(rest) == {"O7.4"}
+
+
+def test_a_wrong_second_figure_is_seen():
+    """E26 with the source's cut in place of ours, the first value untouched."""
+    row = next(o for o in KV if o.id == "E26")
+    first, _ = row.law()
+
+    assert contradicts_source(row)
+    assert not contradicts_source(replace(row, law=lambda: (first, 0.5)))
+
+
+def test_the_plan_derates_both_vendors():
+    """E23: neither is planned at its paper rate."""
+    shares = [load_rates(load_gpu(name)).dense["bf16"] for name in ("mi300x", "h100-sxm")]
+
+    assert all(0.3 < share < 0.95 for share in shares)
+
+
+def highest(prefix, replicas):
+    """Rendezvous hashing, which moves what a ring moves: the replica that scores highest."""
+    return max(range(replicas), key=lambda r: hashlib.blake2s(f"{prefix}/{r}".encode()).digest())
+
+
+def test_prefixes_move_as_counted():
+    """Both shares against prefixes that are placed one by one."""
+    prefixes = range(4000)
+    by_modulo = sum(p % 4 != p % 5 for p in prefixes) / len(prefixes)
+    by_ring = sum(highest(p, 4) != highest(p, 5) for p in prefixes) / len(prefixes)
+
+    assert by_modulo == pytest.approx(parallel.prefixes_moved_share(4, ring=False))
+    assert by_ring == pytest.approx(parallel.prefixes_moved_share(4, ring=True), abs=0.02)
 
 
 def test_a_dropped_k_v_factor_is_caught(monkeypatch):

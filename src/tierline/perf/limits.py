@@ -56,17 +56,23 @@ def resize_reasons(
     *,
     ttft_p99_s: float | None = None,
     benchmark_ttft_p99_s: float | None = None,
+    ttft_limit_s: float | None = None,
     utilization_pct: float | None = None,
     benchmark_utilization_pct: float | None = None,
     eviction: float | None = None,
     fleet_utilization: float | None = None,
 ) -> tuple[str, ...]:
-    """Why to size again, from production against the benchmark at the same rate; () is none."""
+    """Why to size again, from production against the benchmark at the same rate; () is none.
+
+    `ttft_limit_s` is what was promised: a benchmark that sat on it could slip by 30 % unseen.
+    """
     reasons = []
     if ttft_p99_s is not None and benchmark_ttft_p99_s is not None:
         ratio = ttft_p99_s / benchmark_ttft_p99_s
         if ratio > TTFT_RATIO_MAX + _SLACK:
             reasons.append(f"TTFT p99 is {ratio:.2f} times the benchmark")
+    if ttft_p99_s is not None and ttft_limit_s is not None and ttft_p99_s > ttft_limit_s:
+        reasons.append(f"TTFT p99 of {ttft_p99_s:.2f} s is over its limit of {ttft_limit_s:.2f} s")
     if utilization_pct is not None and benchmark_utilization_pct is not None:
         drop = benchmark_utilization_pct - utilization_pct
         if drop > UTILIZATION_DROP_MAX + _SLACK:

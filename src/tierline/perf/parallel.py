@@ -68,6 +68,37 @@ def replicas_per_node(gpus_per_node: int, *, tp: int) -> int:
     return gpus_per_node // tp
 
 
+# --- replicas and the prefixes they cache ---------------------------------------------------
+
+
+def prefixes_moved_share(replicas: int, *, ring: bool) -> float:
+    """Share of prefixes that change replica, and so miss once, when one more is added.
+
+    Hash modulo count keeps 1 / (N + 1) in place; a consistent-hashing ring moves just that.
+
+    >>> [prefixes_moved_share(4, ring=ring) for ring in (False, True)]
+    [0.8, 0.2]
+    """
+    share = 1 / (replicas + 1)
+    return share if ring else 1 - share
+
+
+def round_robin_hit_share(
+    replicas: int, *, requests_per_prefix: int, caches_hold_all: bool
+) -> float:
+    """Prefix hits behind a balancer that knows no prefixes.
+
+    Caches that hold every prefix miss each once a replica; the usual 1 / N is for caches
+    that hold only their own share of the prefixes.
+
+    >>> round_robin_hit_share(4, requests_per_prefix=100, caches_hold_all=True)
+    0.96
+    """
+    if not caches_hold_all:
+        return 1 / replicas
+    return 1 - min(replicas, requests_per_prefix) / requests_per_prefix
+
+
 # --- pipelines ------------------------------------------------------------------------------
 
 

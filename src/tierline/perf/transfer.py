@@ -29,6 +29,15 @@ def transfer_s(size_bytes: float, *, bytes_per_s: float, latency_s: float = 0.0)
     return latency_s + size_bytes / bytes_per_s
 
 
+def in_flight_bytes(kv_bytes: float, *, kv_bits: float, wire_bits: float) -> float:
+    """KV that is packed for the way; bits include scales, see `quantization.packed_bits`.
+
+    >>> in_flight_bytes(16e6, kv_bits=16, wire_bits=8.125)
+    8125000.0
+    """
+    return kv_bytes * wire_bits / kv_bits
+
+
 def line_rate_bytes_per_s(gigabits_per_s: float) -> float:
     """Bytes per second of a link that is sold in Gb/s."""
     return gigabits_per_s * 1e9 / 8
