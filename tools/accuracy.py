@@ -12,6 +12,7 @@ import re
 import sys
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from itertools import combinations
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,7 @@ PAGE = Path(__file__).resolve().parents[1] / "docs/reference/accuracy.md"
 TOLERANCE = 0.5  # of a printed figure: rounding differs between processors
 QUIET_CLIENTS = 4
 WORST = 10
+CLEAR = 1.1  # costs nearer than this are a tie to a buyer
 RANKED_MIN = 3  # an order of two GPUs says little
 
 HEAD = """\
@@ -253,8 +255,9 @@ def _grouped(outcomes: Iterable[Outcome], key: Callable[[Row], str]) -> dict[str
 def _quiet(outcomes: Sequence[Outcome]) -> str:
     quiet = [o for o in outcomes if 0 < o.row.clients <= QUIET_CLIENTS and o.row.tpot_s]
     return (
-        f"## Few clients\n\nAt most {QUIET_CLIENTS} clients, {len(quiet)} rows: decoding with next to"
-        f" no queue. TPOT {errors(o.tpot for o in quiet)}, TTFT {errors(o.ttft for o in quiet)}.\n"
+        f"## Few clients\n\nAt most {QUIET_CLIENTS} clients, {len(quiet)} rows: decoding"
+        f" with next to no queue. TPOT {errors(o.tpot for o in quiet)}, TTFT"
+        f" {errors(o.ttft for o in quiet)}.\n"
     )
 
 
@@ -321,25 +324,29 @@ def _rank(outcomes: Sequence[Outcome]) -> str:
     if len(outcomes) < RANKED_MIN:
         return "-"
     measured = [o.row.output_tokens_per_s or 0 for o in outcomes]
-    return f"{spearman([o.throughput * m for o, m in zip(outcomes, measured, strict=True)], measured):.2f}"
+    predicted = [o.throughput * m for o, m in zip(outcomes, measured, strict=True)]
+    return f"{spearman(predicted, measured):.2f}"
 
 
 def _cost_order(shipped: Sequence[Outcome]) -> str:
     rows = [
-        (model, f"{mean:.2f}", cases, f"{regret:.1f} %")
-        for model, (mean, cases, regret) in sorted(_cost_ranks(shipped).items())
+        (model, f"{mean:.2f}", cases, f"{clear:.0f} %", f"{regret:.1f} %")
+        for model, (mean, cases, clear, regret) in sorted(_cost_ranks(shipped).items())
     ]
     return (
         "## The order of GPUs by cost per token\n\nFor every shape of prompt and answer of"
         " TensorRT-LLM's tables with at least three priced GPUs: each GPU in its best measured and"
-        " its best predicted layout, catalogue prices; mean Spearman over shapes. Regret is how much"
-        " more the GPU that the law puts first costs than the truly cheapest one, on average.\n\n"
-        + _table(("model", "rank", "shapes", "regret"), rows)
+        " its best predicted layout, catalogue prices; mean Spearman over shapes (three"
+        " to five GPUs,"
+        " often near ties). Clear pairs are those whose measured costs differ by over 10 %, and the"
+        " share in the right order. Regret is how much more the GPU that the law puts"
+        " first costs than the truly cheapest one, on average.\n\n"
+        + _table(("model", "rank", "shapes", "clear pairs", "regret"), rows)
     )
 
 
-def _cost_ranks(shipped: Sequence[Outcome]) -> dict[str, tuple[float, int, float]]:
-    """By model: mean rank correlation, shapes, and mean regret in percent."""
+def _cost_ranks(shipped: Sequence[Outcome]) -> dict[str, tuple[float, int, float, float]]:
+    """By model: mean rank, shapes, percent of clear pairs in the right order, mean regret."""
     shapes: dict[Any, dict[str, list[tuple[float, float]]]] = defaultdict(lambda: defaultdict(list))
     for o in shipped:
         row, price = o.row, o.row.gpu.price.typical_usd
@@ -350,6 +357,7 @@ def _cost_ranks(shipped: Sequence[Outcome]) -> dict[str, tuple[float, int, float
         key = (row.model.name, row.version, row.input_tokens, row.output_tokens)
         shapes[key][row.gpu.name].append((measured, measured / o.throughput))
     found: dict[str, list[tuple[float, float]]] = defaultdict(list)
+    pairs: dict[str, list[bool]] = defaultdict(list)
     for key, gpus in shapes.items():
         if len(gpus) < RANKED_MIN:
             continue
@@ -357,13 +365,19 @@ def _cost_ranks(shipped: Sequence[Outcome]) -> dict[str, tuple[float, int, float
         predicted = [min(p for _, p in costs) for costs in gpus.values()]
         regret = measured[int(np.argmin(predicted))] / min(measured) - 1
         found[key[0]].append((spearman(measured, predicted), 100 * regret))
+        for (a, b), (x, y) in zip(
+            combinations(measured, 2), combinations(predicted, 2), strict=True
+        ):
+            if max(a, b) > CLEAR * min(a, b):
+                pairs[key[0]].append((a < b) == (x < y))
     return {
         model: (
-            float(np.mean([rank for rank, _ in pairs])),
-            len(pairs),
-            float(np.mean([regret for _, regret in pairs])),
+            float(np.mean([rank for rank, _ in shapes_found])),
+            len(shapes_found),
+            100 * float(np.mean(pairs[model])),
+            float(np.mean([regret for _, regret in shapes_found])),
         )
-        for model, pairs in found.items()
+        for model, shapes_found in found.items()
     }
 
 
@@ -410,8 +424,9 @@ def _excluded(rows: Sequence[Row], shipped: Sequence[Outcome]) -> str:
 def _constants(fit: Fit) -> str:
     spread = np.percentile(list(fit.stacks.values()), [10, 90])
     return (
-        f"## Stacks\n\n{len(fit.stacks)} stacks (model, GPU, engine, version, precision) have a speed"
-        " factor in the fit so that odd ones do not bend shared constants; predictions use none."
+        f"## Stacks\n\n{len(fit.stacks)} stacks (model, GPU, engine, version, precision) have a"
+        " speed factor in the fit so that odd ones do not bend shared constants;"
+        " predictions use none."
         f" p10-p90 of the factors: {math.exp(spread[0]):.2f}-{math.exp(spread[1]):.2f}.\n"
     )
 
