@@ -245,6 +245,8 @@ def _precision(record: dict[str, str], name: str, model: ModelSpec) -> str:
         precision = "bf16" if name in BF16_BY_NAME else "fp8"
     if precision == "fp4" and model.native_format == "mxfp4":
         return "mxfp4"
+    if precision == "fp8" and model.is_moe:
+        return "fp8-block"  # the FP8 checkpoints of these models have 128 x 128 blocks
     return FORMATS[precision]
 
 
