@@ -10,6 +10,8 @@ from dataclasses import dataclass
 from tierline.base.errors import SpecError
 from tierline.base.names import lookup
 
+ATTENTION_STAYS_16_BIT_UNDER_BITS = 8  # narrower MoE checkpoints keep attention in bf16
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Format:

@@ -19,9 +19,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 from tierline.base.errors import DoesNotFitError
-from tierline.catalog.formats import Format
+from tierline.catalog.formats import ATTENTION_STAYS_16_BIT_UNDER_BITS, Format
 from tierline.catalog.model import AttentionGroup, ModelSpec
-from tierline.perf.step import ATTENTION_STAYS_16_BIT_UNDER_BITS
 
 ACTIVATION_SHARE = 0.20  # of the 16-bit weights; FlashAttention assumed
 OVERHEAD_SHARE = 0.075  # of an accelerator's memory; published figures say 5-10 %

@@ -10,11 +10,10 @@ communication with math, which would only lower the shares given here.
 """
 
 import math
-from statistics import NormalDist
 
 from tierline.catalog.gpu import GpuSpec
 from tierline.catalog.model import ModelSpec
-from tierline.perf.step import collective_s
+from tierline.perf.step import collective_s, expert_skew
 
 REDUCES_PER_LAYER = 2  # after attention and after the feed-forward part
 ACTIVATION_BYTES = 2
@@ -129,18 +128,8 @@ def expert_throughput_share(*, load_max: float, load_mean: float) -> float:
 
 
 def expert_load_max(assignments: float, ranks: int) -> float:
-    """Expected fullest of `ranks` when `assignments` fall on them at random.
-
-    Blom's normal score of the largest of `ranks` counts, with the first skewness term.
-    Within 5 % of simulation from about four assignments a rank; real routers are more
-    skewed than chance, so this is a lower bound.
-    """
-    mean = assignments / ranks
-    if ranks == 1:
-        return mean
-    score = NormalDist().inv_cdf((ranks - 0.375) / (ranks + 0.25))
-    # Each count varies by less than sqrt(mean), and they repel; the two cancel for the largest.
-    return mean + score * math.sqrt(mean) + (score**2 - 1) / 6
+    """Expected fullest of `ranks` when `assignments` fall on them at random."""
+    return assignments / ranks * float(expert_skew(assignments, ranks=ranks))
 
 
 # --- collectives ----------------------------------------------------------------------------
