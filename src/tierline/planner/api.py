@@ -110,7 +110,7 @@ def plan(
         config_path=model if Path(model).exists() else None,
         gpu_files={load_gpu(n).name: n for n in gpus or () if n.endswith(".toml") or "/" in n},
     )
-    return make_plan(question, profile)
+    return make_plan(question, profile, progress=progress)
 
 
 def default_safety(profile: Profile) -> float:

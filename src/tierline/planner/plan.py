@@ -21,10 +21,10 @@ AVERAGE_LOAD = 0.5  # of the peak, where nothing says more: fleets run at 30-60 
 BURSTINESS_MAX = 4.0  # gaps inside a busy minute; a trace's idle hours must not count as bursts
 
 
-def make_plan(question: Question, profile: Profile) -> Plan:
+def make_plan(question: Question, profile: Profile, *, progress: bool = False) -> Plan:
     """The whole method. Raises `InfeasibleError` that names the bound when nothing holds."""
     load = fleet_load(question, profile)
-    found = search(question, load)
+    found = search(question, load, progress=progress)
     best = choose(question, found)
     view = steps.View(question=question, profile=profile, load=load, found=found, best=best)
     findings = (
