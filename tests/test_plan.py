@@ -6,6 +6,7 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
+from random import Random
 
 import pytest
 
@@ -253,6 +254,43 @@ def test_loading_cached_prefixes_delays_the_first_token() -> None:
         ttfts.append(point.ttft_s(99))
 
     assert ttfts[0] < ttfts[1] < ttfts[2]
+
+
+@pytest.fixture
+def bimodal(tmp_path: Path) -> Path:
+    """Many short prompts and a few very long ones."""
+    draw = Random(1)
+    rows, now = [], 0.0
+    for _ in range(6000):
+        now += draw.expovariate(20)
+        long = draw.random() >= 0.93
+        tokens = draw.randint(28_000, 32_000) if long else draw.randint(300, 900)
+        rows.append(f"{now:.3f},{tokens},{draw.randint(100, 300)}")
+    path = tmp_path / "bimodal.csv"
+    path.write_text("t_s,input_tokens,output_tokens\n" + "\n".join(rows) + "\n")
+    return path
+
+
+def test_two_kinds_of_accelerator_where_they_beat_one(bimodal: Path) -> None:
+    answered = plan("llama-3.1-8b", trace=bimodal, slo="ttft_p99=20s", gpus=["rtx4090", "h200"])
+    mixed, single = answered.mixed_fleet, answered.recommended.pessimistic.usd_per_year
+
+    assert mixed is not None
+    assert single is not None
+    assert mixed["usd_per_year"] < single
+    assert mixed["short"].gpu.name != mixed["long"].gpu.name
+    for part in (mixed["short"], mixed["long"]):
+        assert part.pessimistic.point.meets(answered.question.levels)
+
+
+def test_no_mixed_fleet_where_one_kind_is_given_or_wins(bimodal: Path, answer: Plan) -> None:
+    alone = plan("llama-3.1-8b", trace=bimodal, slo="ttft_p99=20s", gpus=["h200"])
+
+    assert alone.mixed_fleet is None
+    if answer.mixed_fleet is not None:
+        cost = answer.recommended.pessimistic.usd_per_year
+        assert cost is not None
+        assert answer.mixed_fleet["usd_per_year"] < cost
 
 
 def test_golden_scenario_from_a_measured_curve(tmp_path: Path) -> None:

@@ -70,7 +70,7 @@ class Search:
 
     candidates: tuple[Candidate, ...]
     rejected: tuple[Rejected, ...]
-    considered: int
+    shapes: tuple[StepCost, ...]  # every legal layout that fits
 
 
 def search(question: Question, load: Load, *, progress: bool = False) -> Search:
@@ -84,7 +84,6 @@ def search(question: Question, load: Load, *, progress: bool = False) -> Search:
         ),
         key=lambda shape: shape[:3],
     )
-    considered = len(shapes) + len(rejected)
     kept: list[Screened] = []
     cheapest = math.inf
     per_gpu: Counter[str] = Counter()
@@ -107,8 +106,33 @@ def search(question: Question, load: Load, *, progress: bool = False) -> Search:
     return Search(
         candidates=tuple(sorted(candidates, key=rank)),
         rejected=tuple(rejected),
-        considered=considered,
+        shapes=tuple(cost for *_, cost in shapes),
     )
+
+
+def cheapest_of(question: Question, shapes: Iterable[StepCost], load: Load) -> Candidate | None:
+    """The cheapest candidate for `load` among legal layouts, or None when none carries it.
+
+    Layouts are tried in the order of their bound until the bound exceeds the best price, a
+    few of every accelerator: those with the best bound need not keep the promises.
+    """
+    priced = [c for c in shapes if c.gpu.price.typical_usd and not quality_gate(question, c.layout)]
+    ranked = sorted(((price_bound(c, load), i) for i, c in enumerate(priced)))
+    best: Screened | None = None
+    tried: Counter[str] = Counter()
+    for bound, i in ranked:
+        cost = priced[i]
+        if best is not None and bound >= (best.pessimistic.usd_per_year or math.inf):
+            break
+        if tried[cost.gpu.name] == PER_GPU_MIN:
+            continue
+        tried[cost.gpu.name] += 1
+        outcome = screen(question, cost, load)
+        if isinstance(outcome, Screened) and (
+            best is None or edge_rank(outcome.pessimistic) < edge_rank(best.pessimistic)
+        ):
+            best = outcome
+    return complete(question, best, load) if best is not None else None
 
 
 def with_dram(question: Question, candidates: list[Candidate], load: Load) -> list[Candidate]:

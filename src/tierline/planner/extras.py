@@ -3,6 +3,7 @@
 Everything here starts from the finished search and prices a few variations again.
 """
 
+import math
 from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
@@ -18,7 +19,7 @@ from tierline.perf.cost import (
 )
 from tierline.perf.evidence import Evidence, Value, weakest
 from tierline.perf.step import StepCost
-from tierline.planner.candidates import Load, evaluate, rank, with_dram
+from tierline.planner.candidates import Load, cheapest_of, evaluate, rank, with_dram
 from tierline.planner.finding import Candidate, LoadPoint, Sensitivity
 from tierline.planner.load import OperatingPoint, operating_point, saturated_rate
 from tierline.planner.steps import COLD_START, View, best_per_gpu, lead_time_s
@@ -183,26 +184,29 @@ def contenders(view: View) -> list[Candidate]:
 
 
 def mixed_fleet(view: View) -> Mapping[str, Any] | None:
-    """Short requests on one kind, long ones on another, where that beats the single fleet."""
+    """Short requests on one kind, long ones on another, where that beats the single fleet.
+
+    Accelerators that cannot keep the promises for the longest prompts may serve the short.
+    Each part keeps every promise on its own, which is stricter than keeping it over both.
+    """
     single = view.best.pessimistic.usd_per_year
-    if single is None or len(best_per_gpu(view.found)) < 2:
+    if single is None or view.question.measured is not None:
         return None
     best: Mapping[str, Any] | None = None
     for share in SPLITS:
         parts = _split(view.load, share)
         if parts is None:
             continue
-        winners = [_cheapest(view, part) for part in parts]
-        costs = [w.pessimistic.usd_per_year if w else None for w in winners]
-        if None in costs or winners[0].gpu.name == winners[1].gpu.name:  # type: ignore[union-attr]
+        short, long = (cheapest_of(view.question, view.found.shapes, part) for part in parts)
+        if short is None or long is None or short.gpu.name == long.gpu.name:
             continue
-        total = sum(c for c in costs if c is not None)
-        if total < single and (best is None or total < best["usd_per_year"]):
+        total = (short.pessimistic.usd_per_year or 0.0) + (long.pessimistic.usd_per_year or 0.0)
+        if total < min(single, best["usd_per_year"] if best else single):
             best = {
                 "split_tokens": parts[0].demand.input_tokens[-1],
                 "short_share": share,
-                "short": winners[0],
-                "long": winners[1],
+                "short": short,
+                "long": long,
                 "usd_per_year": total,
                 "single_usd_per_year": single,
                 "saved": 1 - total / single,
@@ -218,21 +222,20 @@ def _split(load: Load, share: float) -> tuple[Load, Load] | None:
         return None
     exact = cut / len(ranked)
 
-    def part(lengths: list[float], portion: float) -> Load:
+    def part(lengths: list[float], portion: float, longest_tokens: int) -> Load:
         return replace(
             load,
             rate_rps=load.rate_rps * portion,
             mean_rps=load.mean_rps * portion,
             demand=replace(load.demand, input_tokens=tuple(lengths)),
+            longest_tokens=longest_tokens,
         )
 
-    return part(ranked[:cut], exact), part(ranked[cut:], 1 - exact)
-
-
-def _cheapest(view: View, load: Load) -> Candidate | None:
-    outcomes = [evaluate(view.question, c.instance.cost, load) for c in contenders(view)]
-    priced = [o for o in outcomes if isinstance(o, Candidate)]
-    return min(priced, key=rank, default=None)
+    longest_short = math.ceil(ranked[cut - 1] + max(load.demand.output_tokens))
+    return (
+        part(ranked[:cut], exact, min(longest_short, load.longest_tokens)),
+        part(ranked[cut:], 1 - exact, load.longest_tokens),
+    )
 
 
 # --- other numbers --------------------------------------------------------------------------
