@@ -315,6 +315,19 @@ def test_golden_scenario_from_a_measured_curve(tmp_path: Path) -> None:
     assert answered.recommended.evidence.kind == "measured"
 
 
+def test_classes_share_the_strictest_promise_and_the_plan_says_so() -> None:
+    def answered(slo: list[str]) -> Plan:
+        return plan("llama-3.1-8b", workload="chat", rps=40, slo=slo, gpus=["h100-sxm"])
+
+    both = answered(["chat@10:ttft_p99=1s,itl_p99=20ms", "batch:e2e_p95=120s"])
+    strict = answered(["chat@10:ttft_p99=1s,itl_p99=20ms"])
+
+    assert both.recommended.name == strict.recommended.name
+    assert any("strictest promise" in line for line in both.caveats)
+    assert not any("strictest promise" in line for line in strict.caveats)
+    assert [(s.name, s.priority) for s in both.deployment.slo] == [("chat", 10), ("batch", 0)]
+
+
 def test_safety_follows_the_traffic(data_dir: Path) -> None:
     steady = profile_trace(read_trace(data_dir / "traces" / "azure2023_conv.csv.gz"))
     bursty = profile_trace(read_trace(data_dir / "traces" / "azure2023_code.csv.gz"))

@@ -670,6 +670,11 @@ def caveats(view: View) -> tuple[str, ...]:
         lines.append(
             "Prefix reuse is unknown: the trace carries no prefix blocks, so none is used."
         )
+    if len(view.question.levels) > 1:
+        lines.append(
+            "Every request is planned to the strictest promise of any class: the plan does not "
+            "know which request belongs to which."
+        )
     price = best.gpu.price
     if price.typical_usd is not None and price.source != "user":
         lines.append(
