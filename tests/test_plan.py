@@ -235,9 +235,33 @@ def test_prefix_reuse_and_dram_are_worth_gpus(data_dir: Path) -> None:
     without = search(asked, replace(load, hit_rate=None)).candidates
 
     assert with_reuse[0].hit_rate > 0.1
-    assert any(c.dram_tokens for c in with_reuse)
+    tiers = {tuple(tier.name for tier in c.lower_tiers) for c in with_reuse}
+    assert ("dram",) in tiers
+    assert tiers <= {(), ("dram",), ("dram", "nvme")}
     assert without[0].hit_rate == 0.0
     assert with_reuse[0].pessimistic.gpus < without[0].pessimistic.gpus
+
+
+def test_a_tier_must_be_worth_running(data_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A tier stays only where it saves money or clearly time; with the bar removed more stay."""
+    asked = question("llama-3.1-8b", slo="ttft_p99=30s,itl_p99=100ms", gpus=("h100-sxm",))
+    profile = profile_trace(read_trace(data_dir / "traces" / "mooncake_conversation.jsonl.gz"))
+    load = fleet_load(replace(asked, peak_rps=4.0), profile)
+
+    def tiered() -> dict[tuple[object, ...], Candidate]:
+        found = search(asked, load).candidates
+        return {(c.layout, len(c.lower_tiers)): c for c in found}
+
+    kept = tiered()
+    for (layout, depth), candidate in kept.items():
+        if depth:
+            beside = kept.get((layout, depth - 1)) or kept[layout, 0]
+            price, other = (c.pessimistic.usd_per_year or 0.0 for c in (candidate, beside))
+            ttft, other_ttft = (c.pessimistic.point.ttft_s(99) for c in (candidate, beside))
+            assert price < other or (price == other and ttft < 0.95 * other_ttft)
+    monkeypatch.setattr("tierline.planner.candidates._clearly_better", lambda *_edges: True)
+
+    assert len(tiered()) > len(kept)
 
 
 def test_loading_cached_prefixes_delays_the_first_token() -> None:

@@ -13,10 +13,11 @@ from dataclasses import dataclass, replace
 
 from tierline.base.progress import with_progress
 from tierline.base.units import HOURS_PER_YEAR, format_seconds, format_usd
+from tierline.catalog.tier import TierSpec
 from tierline.perf.cost import instances_needed, usd_per_million_tokens, usd_per_year
 from tierline.perf.evidence import Evidence
 from tierline.perf.step import StepCost, load_engine
-from tierline.planner.finding import Candidate, Edge, MemoryUse, Question, Rejected
+from tierline.planner.finding import Candidate, Edge, LowerTier, MemoryUse, Question, Rejected
 from tierline.planner.layouts import (
     SEQUENCES_MAX,
     STEP_TOKENS_MAX,
@@ -32,9 +33,10 @@ PRUNE_RATIO = 1.5
 PER_GPU_MIN = 3
 SHOWN = 40
 IDLE_RPS = 1e-3  # slow enough that requests never meet
-DRAM_TRIED = 8
-DRAM_HITS_MIN = 0.01  # of prompt tokens; fewer are not worth a tier
-DRAM_SHARE = 0.8  # of host memory that a KV tier may take; the rest is the host's
+TIERS_TRIED = 8
+TTFT_WORTH_A_TIER = 0.95  # a tier that costs nothing must cut TTFT p99 to this share
+TIER_HITS_MIN = 0.01  # of prompt tokens; fewer are not worth a tier
+TIER_SHARE = 0.8  # of host memory or drives that a KV tier may take; the rest is the host's
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -102,7 +104,7 @@ def search(question: Question, load: Load, *, progress: bool = False) -> Search:
         if not quality_gate(question, cost.layout):
             cheapest = min(cheapest, outcome.pessimistic.usd_per_year or math.inf)
     candidates = [complete(question, s, load) for s in shortlist(question, kept, rejected)]
-    candidates += with_dram(question, candidates, load)
+    candidates += with_lower_tiers(question, candidates, load)
     return Search(
         candidates=tuple(sorted(candidates, key=rank)),
         rejected=tuple(rejected),
@@ -135,39 +137,55 @@ def cheapest_of(question: Question, shapes: Iterable[StepCost], load: Load) -> C
     return complete(question, best, load) if best is not None else None
 
 
-def with_dram(question: Question, candidates: list[Candidate], load: Load) -> list[Candidate]:
-    """The best few again with host DRAM under the device, where a larger cache finds more.
+def with_lower_tiers(
+    question: Question, candidates: list[Candidate], load: Load
+) -> list[Candidate]:
+    """The best few again with DRAM, and with DRAM and NVMe, under the device.
 
-    Only those that get cheaper or faster stay. DRAM is part of the node and costs nothing
-    more; a hit there is loaded over the host link before the prompt starts.
+    A tier stays only where it makes the fleet cheaper, or its first tokens clearly faster:
+    both are part of the node and cost nothing more, but somebody has to run them. What is
+    found there is loaded before the prompt starts.
     """
     if load.hit_rate is None:
         return []
     better = []
     usable = [c for c in sorted(candidates, key=rank) if not c.needs_quality_test]
-    for candidate in usable[:DRAM_TRIED]:
-        tiered = _dram_variant(question, candidate, load)
-        if tiered is not None and edge_rank(tiered.pessimistic) < edge_rank(candidate.pessimistic):
-            better.append(tiered)
+    for candidate in usable[:TIERS_TRIED]:
+        beside = candidate
+        for specs in ((candidate.gpu.host,), (candidate.gpu.host, candidate.gpu.nvme)):
+            tiered = _tiered(question, candidate, load, specs)
+            if tiered is not None and _clearly_better(tiered.pessimistic, beside.pessimistic):
+                better.append(tiered)
+                beside = tiered
     return better
 
 
-def _dram_variant(question: Question, candidate: Candidate, load: Load) -> Candidate | None:
+def _clearly_better(tiered: Edge, beside: Edge) -> bool:
+    (price, *_), (price_beside, *_) = edge_rank(tiered), edge_rank(beside)
+    faster = tiered.point.ttft_s(99) < TTFT_WORTH_A_TIER * beside.point.ttft_s(99)
+    return price < price_beside or (price == price_beside and faster)
+
+
+def _tiered(
+    question: Question, candidate: Candidate, load: Load, specs: tuple[TierSpec, ...]
+) -> Candidate | None:
+    """`candidate` over these tiers, or None where the last one finds too little."""
     assert load.hit_rate is not None
     cost, instances = candidate.instance.cost, candidate.pessimistic.instances
-    host = cost.gpu.host
-    share = candidate.layout.gpus / host.shared_by_gpus
-    per_instance = round(host.capacity_bytes * share * DRAM_SHARE)
     typical = max(round(load.demand.context_mean), 1)
     token_bytes = cost.kv_bytes_per_gpu(typical) * candidate.layout.gpus / typical
-    dram_tokens = int(per_instance / token_bytes) * instances
-    device = instances * candidate.kv_tokens * (1 - candidate.pessimistic.point.kv_share)
-    hit_rate = load.hit_rate(device + dram_tokens)
-    below = hit_rate - load.hit_rate(device)
-    if below < DRAM_HITS_MIN:
+    cached = instances * candidate.kv_tokens * (1 - candidate.pessimistic.point.kv_share)
+    found, below, reload_s = load.hit_rate(cached), 0.0, 0.0
+    sizes = []
+    for spec in specs:
+        nodes = candidate.layout.gpus / spec.shared_by_gpus
+        sizes.append(round(spec.capacity_bytes * nodes * TIER_SHARE))
+        cached += instances * sizes[-1] / token_bytes
+        below, found = load.hit_rate(cached) - found, load.hit_rate(cached)
+        reload_s += below * token_bytes / (spec.read_bytes_per_s * nodes)
+    if below < TIER_HITS_MIN:
         return None
-    link = host.read_bytes_per_s * candidate.layout.gpus
-    demand = replace(load.demand, hit_rate=hit_rate, reload_s_per_token=below * token_bytes / link)
+    demand = replace(load.demand, hit_rate=found, reload_s_per_token=reload_s)
     slow = replace(candidate.instance, cost=cost.scaled(candidate.evidence.high))
     pessimistic = edge(
         question, slow, demand, load, name="pessimistic", slowdown=candidate.evidence.high
@@ -177,11 +195,15 @@ def _dram_variant(question: Question, candidate: Candidate, load: Load) -> Candi
     screened = Screened(
         cost=cost, memory=candidate.memory, instance=slow, demand=demand, pessimistic=pessimistic
     )
-    return replace(
-        complete(question, screened, load),
-        dram_tokens=int(per_instance / token_bytes) * pessimistic.instances,
-        dram_bytes_per_instance=per_instance,
+    tiers = tuple(
+        LowerTier(
+            name=spec.name,
+            bytes_per_instance=size,
+            tokens=int(size / token_bytes) * pessimistic.instances,
+        )
+        for spec, size in zip(specs, sizes, strict=True)
     )
+    return replace(complete(question, screened, load), lower_tiers=tiers)
 
 
 def outpriced(
@@ -308,8 +330,7 @@ def complete(question: Question, screened: Screened, load: Load) -> Candidate:
         instance=replace(screened.instance, cost=cost),
         demand=screened.demand,
         kv_tokens=round(screened.instance.kv_tokens),
-        dram_tokens=0,
-        dram_bytes_per_instance=0,
+        lower_tiers=(),
         hit_rate=screened.demand.hit_rate,
         evidence=evidence,
         needs_quality_test=quality_gate(question, cost.layout),

@@ -22,9 +22,9 @@ def deployment_of(view: View) -> Deployment:
     model = question.model
     device_bytes = round(best.memory.kv_bytes * layout.gpus)
     tiers = [Tier(name="device", capacity_bytes=device_bytes)]
-    if best.dram_tokens:
-        per_instance = best.dram_bytes_per_instance
-        tiers.append(Tier(name="dram", capacity_bytes=per_instance))
+    tiers += [
+        Tier(name=tier.name, capacity_bytes=tier.bytes_per_instance) for tier in best.lower_tiers
+    ]
     return Deployment(
         model=ModelRef(
             name=model.name,

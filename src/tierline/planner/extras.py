@@ -19,7 +19,7 @@ from tierline.perf.cost import (
 )
 from tierline.perf.evidence import Evidence, Value, weakest
 from tierline.perf.step import StepCost
-from tierline.planner.candidates import Load, cheapest_of, evaluate, rank, with_dram
+from tierline.planner.candidates import Load, cheapest_of, evaluate, rank, with_lower_tiers
 from tierline.planner.finding import Candidate, LoadPoint, Sensitivity
 from tierline.planner.load import OperatingPoint, operating_point, saturated_rate
 from tierline.planner.steps import COLD_START, View, best_per_gpu, lead_time_s
@@ -152,7 +152,7 @@ def _again(
         outcome = evaluate(view.question, cost, load or view.load)
         if isinstance(outcome, Candidate):
             outcomes.append(outcome)
-    outcomes += with_dram(view.question, outcomes, load or view.load)
+    outcomes += with_lower_tiers(view.question, outcomes, load or view.load)
     winner = min(outcomes, key=rank, default=None)
     if winner is None:
         return Sensitivity(

@@ -73,6 +73,20 @@ class Edge:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class LowerTier:
+    """Memory below the device that holds cached prefixes."""
+
+    name: str  # dram, nvme
+    bytes_per_instance: int
+    tokens: int  # of the whole fleet
+
+    @property
+    def label(self) -> str:
+        """As people write it."""
+        return {"dram": "DRAM", "nvme": "NVMe"}[self.name]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Candidate:
     """One configuration that fits and keeps its promises, with what it takes."""
 
@@ -82,8 +96,7 @@ class Candidate:
     instance: Instance
     demand: Demand  # prefix hits applied
     kv_tokens: int  # pool of one instance
-    dram_tokens: int  # of the fleet, cached below the device; 0 without a DRAM tier
-    dram_bytes_per_instance: int
+    lower_tiers: tuple[LowerTier, ...]  # below the device, nearest first
     hit_rate: float
     evidence: Evidence  # of the step law on this accelerator
     pessimistic: Edge
@@ -94,10 +107,9 @@ class Candidate:
     @property
     def name(self) -> str:
         """How tables call it."""
-        dram = " +DRAM" if self.dram_tokens else ""
-        return (
-            f"{self.pessimistic.instances} x {self.layout.gpus} {self.gpu.name} {self.layout}{dram}"
-        )
+        lower = "".join(f" +{tier.label}" for tier in self.lower_tiers)
+        instances = self.pessimistic.instances
+        return f"{instances} x {self.layout.gpus} {self.gpu.name} {self.layout}{lower}"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

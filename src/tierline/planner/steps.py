@@ -363,7 +363,7 @@ def choose_kv_strategy(view: View) -> Finding:
     chosen += ["prefix cache"] if best.hit_rate > 0.01 else []
     many = best.pessimistic.instances > 1
     chosen += ["prefix-aware routing"] if best.hit_rate > 0.01 and many else []
-    chosen += ["DRAM tier"] if best.dram_tokens else []
+    chosen += [f"{tier.label} tier" for tier in best.lower_tiers]
     known = load.hit_rate is not None
     ideal = load.hit_rate(math.inf) if load.hit_rate else math.nan
     return Finding(
@@ -375,7 +375,10 @@ def choose_kv_strategy(view: View) -> Finding:
         inputs={
             "KV pool per instance": f"{best.kv_tokens:,} tokens",
             "instances": str(best.pessimistic.instances),
-            "below the device": f"{best.dram_tokens:,} tokens of DRAM in the fleet",
+            "below the device": ", ".join(
+                f"{tier.tokens:,} tokens of {tier.label} in the fleet" for tier in best.lower_tiers
+            )
+            or "nothing",
             "ideal hit rate": f"{ideal:.1%}" if known else "unknown: the trace has no prefix ids",
         },
         formula="hit rate = reuse curve(spare cached tokens of the fleet / growth)",
