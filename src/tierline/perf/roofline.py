@@ -14,8 +14,7 @@ Left out: communication, launch gaps, and activation traffic; `perf.step` has th
 from dataclasses import dataclass
 
 from tierline.catalog.model import ModelSpec
-
-PREFILL_HEAVY, DECODE_HEAVY = 0.8, 0.2  # share of time in prefill
+from tierline.workload.profile import phase_balance
 
 
 def ridge_flops_per_byte(flops_per_s: float, bytes_per_s: float) -> float:
@@ -137,14 +136,7 @@ def archetype(
     """The workload by its share of time in prefill: from 0.8 on heavy, up to 0.2 light."""
     prefill_s_ = input_tokens / prefill_tokens_per_s
     share = prefill_s_ / (prefill_s_ + output_tokens / decode_tokens_per_s)
-    name = (
-        "prefill-heavy"
-        if share >= PREFILL_HEAVY
-        else "decode-heavy"
-        if share <= DECODE_HEAVY
-        else "balanced"
-    )
-    return Archetype(prefill_share=share, name=name)
+    return Archetype(prefill_share=share, name=phase_balance(share))
 
 
 def hardware_score(prefill_share: float, *, flops_ratio: float, bandwidth_ratio: float) -> float:

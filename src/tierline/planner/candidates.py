@@ -49,6 +49,11 @@ class Load:
     hit_rate: Callable[[float], float] | None  # fleet-wide cached tokens -> token hit rate
     longest_tokens: int  # prompt plus output that one instance must be able to hold
 
+    @property
+    def ideal_hit_rate(self) -> float:
+        """Share of prompt tokens that a cache without limit would find; 0 when unknown."""
+        return self.hit_rate(math.inf) if self.hit_rate is not None else 0.0
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Screened:
@@ -187,19 +192,14 @@ def _tiered(
         return None
     demand = replace(load.demand, hit_rate=found, reload_s_per_token=reload_s)
     slow = replace(candidate.instance, cost=cost.scaled(candidate.evidence.high))
-    pessimistic = edge(
-        question, slow, demand, load, name="pessimistic", slowdown=candidate.evidence.high
-    )
-    if pessimistic is None:
+    screened = at_slow_edge(question, cost, slow, demand, load)
+    if screened is None:
         return None
-    screened = Screened(
-        cost=cost, memory=candidate.memory, instance=slow, demand=demand, pessimistic=pessimistic
-    )
     tiers = tuple(
         LowerTier(
             name=spec.name,
             bytes_per_instance=size,
-            tokens=int(size / token_bytes) * pessimistic.instances,
+            tokens=int(size / token_bytes) * screened.pessimistic.instances,
         )
         for spec, size in zip(specs, sizes, strict=True)
     )
@@ -221,8 +221,7 @@ def outpriced(
     per_instance = cost.layout.gpus * price * HOURS_PER_YEAR
     rate_rps = load.rate_rps * question.safety / max(math.floor(limit_usd / per_instance), 1)
     instance = slow_instance(question, cost, load)
-    ideal = load.hit_rate(math.inf) if load.hit_rate else 0.0
-    demand = replace(load.demand, hit_rate=ideal)
+    demand = replace(load.demand, hit_rate=load.ideal_hit_rate)
     first = _first_chunk(question, instance)
     for chunk in CHUNKS[max(first - 1, 0) : first + 2]:
         point = operating_point(replace(instance, chunk_tokens=chunk), demand, rate_rps)
@@ -271,27 +270,39 @@ def evaluate(question: Question, cost: StepCost, load: Load) -> Candidate | Reje
 def screen(question: Question, cost: StepCost, load: Load) -> Screened | Rejected:
     """What the layout takes at the pessimistic edge, or why it cannot carry the load."""
     name = f"{cost.gpu.name} {cost.layout}"
-    memory = memory_use(cost)
-    pool = kv_pool_tokens(cost, memory, load)
+    instance = slow_instance(question, cost, load)
+    pool = round(instance.kv_tokens)
     if pool < load.longest_tokens:
         return Rejected(
             what=name,
             why=f"the KV pool of {pool:,} tokens cannot hold one request of "
             f"{load.longest_tokens:,} tokens",
         )
-    instance = slow_instance(question, cost, load)
     tuned = best_chunk(question, instance, load)
     if tuned is None:
         return infeasible(question, instance, load, what=name)
     hit_rate = hits(question, tuned, load)
     demand = replace(load.demand, hit_rate=hit_rate)
-    pessimistic = edge(
-        question, tuned, demand, load, name="pessimistic", slowdown=evidence_of(question, cost).high
-    )
-    if pessimistic is None:
+    screened = at_slow_edge(question, cost, tuned, demand, load)
+    if screened is None:
         return Rejected(what=name, why="prefix hits leave too few KV blocks for the rest")
+    return screened
+
+
+def at_slow_edge(
+    question: Question, cost: StepCost, instance: Instance, demand: Demand, load: Load
+) -> Screened | None:
+    """The layout with its slowed `instance` under this demand; None when no rate will do."""
+    slowdown = evidence_of(question, cost).high
+    pessimistic = edge(question, instance, demand, load, name="pessimistic", slowdown=slowdown)
+    if pessimistic is None:
+        return None
     return Screened(
-        cost=cost, memory=memory, instance=tuned, demand=demand, pessimistic=pessimistic
+        cost=cost,
+        memory=memory_use(cost),
+        instance=instance,
+        demand=demand,
+        pessimistic=pessimistic,
     )
 
 
@@ -455,11 +466,12 @@ def price_bound(cost: StepCost, load: Load) -> float:
     if price is None:
         return 0.0
     demand = load.demand
-    hits = load.hit_rate(math.inf) if load.hit_rate else 0.0
     chunk = CHUNKS[-1]
     prefill_s = cost.step_s(0, 0.0, chunk, chunk * demand.input_mean / 2) / chunk
     decode_s = cost.step_s(SEQUENCES_MAX, SEQUENCES_MAX * demand.context_mean) / SEQUENCES_MAX
-    busy_s = demand.input_mean * (1 - hits) * prefill_s + demand.output_mean * decode_s
+    busy_s = (
+        demand.input_mean * (1 - load.ideal_hit_rate) * prefill_s + demand.output_mean * decode_s
+    )
     gpus = max(load.rate_rps * busy_s, 1.0) * cost.layout.gpus
     return gpus * price * HOURS_PER_YEAR
 

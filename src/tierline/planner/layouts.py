@@ -13,6 +13,7 @@ from tierline.catalog.gpu import GpuSpec
 from tierline.catalog.gpus import supports, supports_kv
 from tierline.catalog.model import ModelSpec
 from tierline.perf.memory import computed_activation_bytes, overhead_bytes
+from tierline.perf.parallel import PCIE_KINDS
 from tierline.perf.step import Layout, StepCost
 from tierline.planner.finding import MeasuredCurve, MemoryUse, Question, Rejected
 
@@ -110,7 +111,7 @@ def _cuts(model: ModelSpec, gpu: GpuSpec, weights: str, kv: str) -> Iterator[Lay
 
 def is_slow_fabric(gpu: GpuSpec) -> bool:
     """Whether accelerators of one node talk over PCIe only."""
-    return gpu.scale_up.kind in ("pcie", "none")
+    return gpu.scale_up.kind in PCIE_KINDS
 
 
 def memory_use(cost: StepCost) -> MemoryUse:

@@ -18,20 +18,29 @@ from tierline.base.units import (
 )
 from tierline.catalog.formats import KV_FORMATS, WEIGHT_FORMATS, weight_format
 from tierline.catalog.gpu import GpuSpec
-from tierline.perf.cost import instances_guide_mode, usd_per_million_tokens
+from tierline.perf.cost import ROUTING_FLEET_GPUS, instances_guide_mode, usd_per_million_tokens
 from tierline.perf.evidence import EXACT, Evidence, Value
-from tierline.perf.limits import input_cap_tokens, shed_depth
-from tierline.perf.memory import activation_bytes, kv_bytes_per_token, weight_bytes
+from tierline.perf.limits import (
+    TTFT_RATIO_MAX,
+    UTILIZATION_DROP_MAX,
+    input_cap_tokens,
+    shed_depth,
+)
+from tierline.perf.memory import (
+    activation_bytes,
+    kv_bytes,
+    kv_bytes_per_token,
+    memory_floor,
+    weight_bytes,
+)
+from tierline.perf.parallel import step_reduce_s
 from tierline.perf.speculation import batch_crossover
-from tierline.perf.step import collective_s
 from tierline.perf.transfer import cold_start
 from tierline.planner.candidates import Load, Search
 from tierline.planner.finding import Candidate, Finding, Question, Rejected
 from tierline.planner.load import saturated_rate, usable_rate
 from tierline.workload.profile import Lengths, Profile, phase_balance
 
-LARGE_FLEET_GPUS = 8  # below it, a second model tier is not worth its operation
-TTFT_DRIFT_MAX = 1.30
 CONTAINER_START_S = 30.0
 ENGINE_INIT_S = 60.0  # process start, graph capture, warm-up
 COLD_START = Evidence(
@@ -40,7 +49,6 @@ COLD_START = Evidence(
     low=0.5,
     high=2.5,
 )
-UTILIZATION_DROP_POINTS = 20
 TRACE = Evidence(kind="measured", source="the trace")
 GIVEN = Evidence(kind="assumed", source="the rate given by the user")
 PRICES = "price of the accelerator, as dated in the catalogue or given by the user"
@@ -114,13 +122,11 @@ def select_hardware(view: View) -> Finding:
     """Step 2: which accelerator, by what the whole search says and not by the archetype alone."""
     best, share = view.best, prefill_share(view)
     gpu = best.gpu
-    rule = (
-        "prefill-heavy: choose FLOPs per dollar"
-        if share >= 0.8
-        else "decode-heavy: choose memory bandwidth per dollar"
-        if share <= 0.2
-        else "mixed: weigh FLOPs and bandwidth by time share"
-    )
+    rule = {
+        "prefill-heavy": "prefill-heavy: choose FLOPs per dollar",
+        "decode-heavy": "decode-heavy: choose memory bandwidth per dollar",
+        "balanced": "mixed: weigh FLOPs and bandwidth by time share",
+    }[phase_balance(share)]
     per_gpu = best_per_gpu(view.found)
     return Finding(
         step=2,
@@ -175,7 +181,7 @@ def _hardware_by_rule(view: View, share: float) -> str:
 def decide_routing(view: View) -> Finding:
     """Step 3: one model, or a small one in front of it."""
     gpus = view.best.expected.gpus
-    large = gpus > LARGE_FLEET_GPUS
+    large = gpus > ROUTING_FLEET_GPUS
     answer = (
         f"One tier: {gpus} GPUs would justify a router, but the trace says nothing about how "
         "hard its requests are."
@@ -188,7 +194,7 @@ def decide_routing(view: View) -> Finding:
         answer=answer,
         inputs={"GPUs of the large model": str(gpus), "measured skew of difficulty": "unknown"},
         formula="several tiers if GPUs > 8 and the share of simple requests is measured",
-        substituted=f"{gpus} > {LARGE_FLEET_GPUS} is {large}; skew unknown",
+        substituted=f"{gpus} > {ROUTING_FLEET_GPUS} is {large}; skew unknown",
         result=Value(amount=1, unit="tiers", evidence=Evidence(kind="assumed", source="no skew")),
         rule="a tier in front saves sum(share x cost): 70 % at a tenth of the cost is 0.37 of it",
         computed=f"if 70 % of requests suited a model at a tenth of the cost, the fleet would be "
@@ -206,12 +212,18 @@ def find_memory_floor(view: View) -> Finding:
     running = best.expected.point.running * best.expected.instances
     context = round(load.demand.context_mean)
     per_instance = best.expected.point.running
-    kv = per_instance * model.kv_elements(context) * KV_FORMATS["bf16"].bytes_per_element
+    kv = per_instance * kv_bytes(model, context, KV_FORMATS["bf16"])
     rule_activations = activation_bytes(model)
     activations = best.memory.activations_bytes * best.layout.gpus
     overhead = best.memory.overhead_bytes * best.layout.gpus
-    total = weights + kv + activations + overhead
-    gpus = math.ceil(total / best.gpu.memory_bytes)
+    floor = memory_floor(
+        weights_bytes=weights,
+        kv_bytes=kv,
+        activations_bytes=activations,
+        overhead_total_bytes=overhead,
+        gpu_memory_bytes=best.gpu.memory_bytes,
+    )
+    total, gpus = floor.total_bytes, floor.gpus_min
     return Finding(
         step=4,
         title="Memory floor",
@@ -299,8 +311,7 @@ def choose_parallelism(view: View) -> Finding:
     ranks = layout.tp * layout.dp
     running = max(round(best.expected.point.running), 1)
     step_s = best.expected.point.decode_step_s
-    payload = running * model.hidden * 2
-    reduce_s = 2 * model.layers * collective_s(gpu, gpus=ranks, payload_bytes=payload)
+    reduce_s = step_reduce_s(model, gpu, tokens=running, tp=ranks)
     lowest = min((c.layout.gpus for c in tried.values()), default=layout.gpus)
     return Finding(
         step=6,
@@ -365,7 +376,7 @@ def choose_kv_strategy(view: View) -> Finding:
     chosen += ["prefix-aware routing"] if best.hit_rate > 0.01 and many else []
     chosen += [f"{tier.label} tier" for tier in best.lower_tiers]
     known = load.hit_rate is not None
-    ideal = load.hit_rate(math.inf) if load.hit_rate else math.nan
+    ideal = load.ideal_hit_rate
     return Finding(
         step=8,
         title="KV strategy",
@@ -603,8 +614,8 @@ def set_triggers(view: View) -> Finding:
     return Finding(
         step=13,
         title="Validation",
-        answer=f"Plan again when TTFT p99 exceeds {format_seconds(ttft_s * TTFT_DRIFT_MAX)} at "
-        f"{_rate(point.rate_rps)} an instance, or utilization falls {UTILIZATION_DROP_POINTS} "
+        answer=f"Plan again when TTFT p99 exceeds {format_seconds(ttft_s * TTFT_RATIO_MAX)} at "
+        f"{_rate(point.rate_rps)} an instance, or utilization falls {UTILIZATION_DROP_MAX} "
         "points below the benchmark at equal rate.",
         inputs={
             "expected TTFT p99": format_seconds(ttft_s),
@@ -614,7 +625,7 @@ def set_triggers(view: View) -> Finding:
         },
         formula="re-size if TTFT p99 > 1.30 x benchmark, or utilization drop > 20 points",
         substituted=f"{format_seconds(ttft_s)} x 1.30",
-        result=Value(amount=ttft_s * TTFT_DRIFT_MAX, unit="s", evidence=view.best.evidence),
+        result=Value(amount=ttft_s * TTFT_RATIO_MAX, unit="s", evidence=view.best.evidence),
         notes=(
             "any change of model, precision, GPU, TP/PP, engine version or length mix voids the "
             "curves",
