@@ -1,0 +1,1 @@
+"""The virtual executor: prices steps, moves blocks, and writes down what happened."""
