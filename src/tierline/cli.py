@@ -95,6 +95,15 @@ def export(args: argparse.Namespace) -> int:
     return 0
 
 
+def accuracy(args: argparse.Namespace) -> int:
+    """Compare predictions with measurements of your own or published ones, row by row."""
+    from tierline.planner.accuracy import render_text, report
+
+    found = report([Path(file) for file in args.file], progress=True)
+    print(_json(found) if args.json else render_text(found))
+    return 0
+
+
 def models(args: argparse.Namespace) -> int:
     """List the models that come by name, or describe one."""
     from tierline.catalog.models import known_models, load_model
@@ -250,6 +259,7 @@ def build_parser() -> argparse.ArgumentParser:
     _add_profile(commands)
     _add_synthesize(commands)
     _add_export(commands)
+    _add_accuracy(commands)
     for run, name in ((models, "MODEL"), (gpus, "GPU")):
         command = _command(commands, run)
         command.add_argument("name", nargs="?", metavar=name, help=f"describe this {name.lower()}")
@@ -360,6 +370,15 @@ def _add_export(commands: Any) -> None:
         "--to", required=True, help="vllm, sglang, trtllm, ray-serve or kubernetes"
     )
     command.add_argument("-o", "--output", help="folder to write to (default: stdout)")
+
+
+def _add_accuracy(commands: Any) -> None:
+    command = _command(commands, accuracy)
+    command.add_argument(
+        "file",
+        nargs="+",
+        help="measured rows (CSV of InferenceX, TensorRT-LLM or MLPerf; JSON lines of requests)",
+    )
 
 
 def main(argv: Sequence[str] | None = None) -> int:
