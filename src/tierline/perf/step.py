@@ -208,6 +208,21 @@ class _Products:
     row_elements: float = 0.0  # of one row of one expert: in, out, and between its products
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StepTerms:
+    """The coefficients of one instance's law, in seconds: see `StepCost.step_s`."""
+
+    tokens_s: list[float]  # by tokens of a step
+    sequences_s: list[float]  # by decoding sequences
+    cache_s_per_token: float
+    state_s: float  # per decoding sequence
+    bounded: list[tuple[int, float]]  # (window, seconds per cached token inside it)
+    pair_s: float
+    bounded_pairs: list[tuple[int, float]]
+    prefill_s: float  # once a step that has prompt tokens
+    slowdown: float
+
+
 class StepCost:
     """Prices the steps of one instance. Built once for a model, accelerator and layout."""
 
@@ -436,6 +451,20 @@ class StepCost:
             below = rising * context_tokens + decodes * rising * (rising - 1) / 2
             seconds += per_token_s * (below + (steps - rising) * limit * decodes)
         return seconds * self.slowdown
+
+    def terms(self, tokens_max: int = TOKENS_MAX) -> StepTerms:
+        """The law's coefficients, for whoever prices in other numbers than floats."""
+        return StepTerms(
+            tokens_s=[self._tokens_s(n) for n in range(tokens_max + 1)],
+            sequences_s=self._sequences_s,
+            cache_s_per_token=self._cache_s_per_token,
+            state_s=self._state_s,
+            bounded=self._bounded,
+            pair_s=self._pair_s,
+            bounded_pairs=self._bounded_pairs,
+            prefill_s=self.rates.prefill_ms * 1e-3,
+            slowdown=self.slowdown,
+        )
 
     def scaled(self, factor: float) -> "StepCost":
         """The same law, every step `factor` times as long: an edge of the evidence band."""

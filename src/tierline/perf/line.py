@@ -1,0 +1,207 @@
+"""The step law in whole picoseconds, for schedulers that predict and executors that add up.
+
+`StepCost` prices a step in floating-point seconds.  Here the same law has integer
+coefficients, so that a step is `alpha` and the j-th repeat of it exactly `alpha + j beta`:
+k repeats cost k alpha + beta k (k - 1) / 2, to the bit what k single steps cost.
+
+Sequences grow while they decode, and windows saturate: `linear_steps` says for how many
+repeats the line holds.  A step that computes prompt tokens in front of streams is bounded
+by `chunk_for`: the most prompt tokens that keep the step under an ITL target.
+
+Two or three scalars of an engine on an accelerator (`Calibration`) multiply or add here,
+and nowhere else.
+"""
+
+from collections.abc import Sequence as Seq
+from dataclasses import dataclass
+from math import isqrt
+
+from tierline.base.clock import FOREVER_PS, PS_PER_S
+from tierline.perf.step import StepCost
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Calibration:
+    """What measured points of one engine on one accelerator say about the law."""
+
+    step_s: float = 0.0  # added to every step: the engine's own overhead
+    layers: float = 1.0  # multiplies products and collectives
+    cache: float = 1.0  # multiplies reading and scoring the cache: skewed lengths, kernel choice
+    source: str = "the law as it is"
+
+
+LAW = Calibration()
+
+
+class StepLine:
+    """Prices steps of one instance as a line over repeats."""
+
+    __slots__ = (
+        "_bounded",
+        "_bounded_pairs",
+        "_cache_ps",
+        "_pair_ps",
+        "_prefill_ps",
+        "_sequences_ps",
+        "_state_ps",
+        "_tokens_ps",
+        "cost",
+        "tokens_max",
+    )
+
+    def __init__(
+        self, cost: StepCost, *, tokens_max: int, calibration: Calibration = LAW, slow: float = 1.0
+    ) -> None:
+        """`tokens_max` bounds the tokens of one step; `slow` stretches every step."""
+        terms = cost.terms(tokens_max)
+        scale = PS_PER_S * terms.slowdown * slow
+        layers, cache = scale * calibration.layers, scale * calibration.cache
+        fixed_s = calibration.step_s
+        self.cost = cost
+        self.tokens_max = tokens_max
+        self._tokens_ps = [round(layers * s) for s in terms.tokens_s]
+        self._sequences_ps = [round(scale * (s + fixed_s)) for s in terms.sequences_s]
+        self._cache_ps = round(cache * terms.cache_s_per_token)
+        self._state_ps = round(cache * terms.state_s)
+        self._bounded = [(limit, round(cache * s)) for limit, s in terms.bounded]
+        # Twice the pairs of a chunk are a whole number, so the coefficient is per half pair.
+        self._pair_ps = round(cache * terms.pair_s / 2)
+        self._bounded_pairs = [
+            (2 * limit, round(cache * s / 2)) for limit, s in terms.bounded_pairs
+        ]
+        self._prefill_ps = round(scale * terms.prefill_s)
+
+    def line(
+        self,
+        decodes: int,
+        context_tokens: int,
+        chunks: Seq[tuple[int, int]] = (),
+        *,
+        draft_tokens: int = 0,
+        padding: int = 0,
+    ) -> tuple[int, int]:
+        """(alpha, beta): repeat j of the step lasts alpha + j beta picoseconds.
+
+        `chunks` are (cached tokens before, prompt tokens) of every prompt in the step.
+        """
+        tokens = (decodes + padding) * (1 + draft_tokens)
+        alpha = self._sequences_ps[decodes + padding]
+        alpha += self._cache_ps * context_tokens + self._state_ps * decodes
+        beta = self._cache_ps * decodes
+        for limit, token_ps in self._bounded:
+            most = limit * decodes
+            if context_tokens < most:
+                alpha += token_ps * context_tokens
+                beta += token_ps * decodes
+            else:
+                alpha += token_ps * most
+        if chunks:
+            pairs = growth = prompt = 0
+            for past, count in chunks:
+                prompt += count
+                pairs += count * (2 * past + count)
+                growth += 2 * count * count
+            tokens += prompt
+            alpha += self._prefill_ps + self._pair_ps * pairs
+            beta += self._pair_ps * growth
+            for limit, pair_ps in self._bounded_pairs:
+                most = limit * prompt
+                if pairs < most:
+                    alpha += pair_ps * pairs
+                    beta += pair_ps * growth
+                else:
+                    alpha += pair_ps * most
+        return alpha + self._tokens_ps[tokens], beta
+
+    def linear_steps(
+        self, decodes: int, context_tokens: int, chunks: Seq[tuple[int, int]] = ()
+    ) -> int:
+        """Repeats, from now, for which `line` stays exact."""
+        steps = FOREVER_PS
+        for limit, _ in self._bounded:
+            room = limit * decodes - context_tokens
+            if decodes and room > 0:
+                steps = min(steps, room // decodes + 1)
+        if self._bounded_pairs and chunks:
+            pairs = sum(count * (2 * past + count) for past, count in chunks)
+            growth = sum(2 * count * count for _, count in chunks)
+            prompt = sum(count for _, count in chunks)
+            for limit, _ in self._bounded_pairs:
+                room = limit * prompt - pairs
+                if room > 0:
+                    steps = min(steps, room // growth + 1)
+        return steps
+
+    def chunk_for(
+        self,
+        target_ps: int,
+        *,
+        decodes: int,
+        context_tokens: int,
+        past_tokens: int,
+        tokens_max: int,
+        grain: int,
+    ) -> int:
+        """The most prompt tokens, a multiple of `grain`, of a step no longer than `target_ps`."""
+        base = self._sequences_ps[decodes] + self._cache_ps * context_tokens
+        base += self._state_ps * decodes + self._prefill_ps
+        for limit, token_ps in self._bounded:
+            base += token_ps * min(context_tokens, limit * decodes)
+        room = target_ps - base
+        tokens_ps, pair_ps, bounded = self._tokens_ps, self._pair_ps, self._bounded_pairs
+        low, high = 0, tokens_max // grain
+        while low < high:
+            middle = (low + high + 1) >> 1
+            count = middle * grain
+            pairs = count * (2 * past_tokens + count)
+            step = tokens_ps[decodes + count] + pair_ps * pairs
+            for limit, bounded_ps in bounded:
+                step += bounded_ps * min(pairs, limit * count)
+            if step <= room:
+                low = middle
+            else:
+                high = middle - 1
+        return low * grain
+
+    def prefill_ps(
+        self, tokens: int, *, past: int = 0, chunk: int, decodes: int = 0, context_tokens: int = 0
+    ) -> int:
+        """Time until `tokens` prompt tokens after `past` cached ones are computed, in chunks of
+        `chunk` beside `decodes` sequences."""
+        if tokens <= 0:
+            return 0
+        whole, rest = divmod(tokens, chunk)
+        fixed = self._sequences_ps[decodes] + self._cache_ps * context_tokens
+        fixed += self._state_ps * decodes + self._prefill_ps
+        for limit, token_ps in self._bounded:
+            fixed += token_ps * min(context_tokens, limit * decodes)
+        total = whole * (fixed + self._tokens_ps[decodes + chunk])
+        if rest:
+            total += fixed + self._tokens_ps[decodes + rest]
+        pairs = tokens * (2 * past + tokens)
+        total += self._pair_ps * pairs
+        for limit, pair_ps in self._bounded_pairs:
+            total += pair_ps * min(pairs, limit * tokens)
+        return total
+
+
+def steps_before(alpha: int, beta: int, span_ps: int, most: int) -> int:
+    """How many of `most` repeats begin before `span_ps` has passed; the first begins at 0.
+
+    Repeat j begins at j alpha + beta j (j - 1) / 2; the root of that is found in integers
+    and corrected by one.
+
+    >>> steps_before(10, 0, 25, 100), steps_before(10, 2, 23, 100)
+    (3, 3)
+    """
+    if span_ps <= 0:
+        return 1
+    if beta == 0:
+        return min(most, (span_ps - 1) // alpha + 1)
+    half = 2 * alpha - beta
+    j = (isqrt(half * half + 8 * beta * (span_ps - 1)) - half) // (2 * beta)
+    while j * alpha + beta * (j * (j - 1) // 2) >= span_ps:
+        j -= 1
+    while (j + 1) * alpha + beta * ((j + 1) * j // 2) < span_ps:
+        j += 1
+    return min(most, j + 1)
