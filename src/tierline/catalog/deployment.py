@@ -22,7 +22,10 @@ from tierline.catalog.table import Table, parse_toml
 SCHEMA = 1
 TIERS = ("device", "dram", "nvme", "remote")
 SCHEDULERS = ("slo-aware", "priority", "fcfs")
-ROUTINGS = ("round-robin", "least-outstanding", "prefix-aware")
+ROUTINGS = (
+    *("round-robin", "least-outstanding", "power-of-two"),
+    *("prefix-hash", "prefix-aware", "adapter-aware", "slo-aware"),
+)
 SPECULATION_METHODS = ("ngram", "suffix", "draft-model", "eagle", "eagle3", "medusa", "mtp")
 
 
