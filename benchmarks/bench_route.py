@@ -13,6 +13,7 @@ import platform
 import statistics
 import time
 
+from tierline.base.clock import FOREVER_PS
 from tierline.scheduling.routing import ROUTERS, Candidate
 from tierline.scheduling.sequence import Sequence
 
@@ -31,13 +32,13 @@ class Standing:
         self.accepting = True
         self.requests_outstanding = self.prompt_tokens_queued = 0
 
-    def cached_tokens(self, sequence: Sequence) -> int:
+    def cached_tokens(self, _sequence: Sequence) -> int:
         return 0
 
-    def has_adapter(self, name: str) -> bool:
+    def has_adapter(self, _name: str) -> bool:
         return False
 
-    def predicted_ttft_ps(self, sequence: Sequence) -> int:
+    def predicted_ttft_ps(self, _sequence: Sequence) -> int:
         return self.prompt_tokens_queued
 
 
@@ -49,7 +50,7 @@ def requests() -> list[Sequence]:
             arrival_ps=i,
             prompt_tokens=12_000,
             output_max_tokens=300,
-            due_ps=i + 10**6,
+            due_ps=FOREVER_PS,  # every replica keeps it, so every replica is priced
             chain=[0, i % 300 if i % 3 else i, *range(20)],
         )
         for i in range(REQUESTS)
