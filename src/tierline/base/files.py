@@ -1,10 +1,13 @@
 """Files and hashes: nothing half-written, equal values give equal bytes."""
 
+import gzip
 import hashlib
 import json
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import IO, Any, cast
 
 from tierline.base.errors import DependencyError, InputError
 
@@ -30,6 +33,13 @@ def read_text(path: Path, *, what: str) -> str:
 
 
 def write_text(path: Path, text: str) -> None:
+    """The file at `path` becomes `text`, whole or not at all; see `whole_file`."""
+    with whole_file(path) as file:
+        file.write(text.encode())
+
+
+@contextmanager
+def whole_file(path: Path) -> Iterator[IO[bytes]]:
     """Write beside, then rename: a reader sees the old file or the new one, never a part.
 
     Raises `DependencyError` when the folder cannot be made or written.
@@ -37,11 +47,18 @@ def write_text(path: Path, text: str) -> None:
     partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        partial.write_text(text, encoding="utf-8")
+        with partial.open("wb") as file:
+            yield file
         partial.replace(path)
     except OSError as error:
-        partial.unlink(missing_ok=True) if partial.parent.is_dir() else None
         raise DependencyError(
             f"cannot write {str(path)!r}: {error.strerror}",
             hint="choose an output folder that you may write to",
         ) from None
+    finally:
+        partial.unlink(missing_ok=True) if partial.parent.is_dir() else None
+
+
+def packed(file: IO[bytes]) -> IO[bytes]:
+    """What is written to this ends up in `file` as gzip; equal contents are equal bytes."""
+    return cast("IO[bytes]", gzip.GzipFile(fileobj=file, mode="wb", filename="", mtime=0))
