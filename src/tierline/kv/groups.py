@@ -18,7 +18,7 @@ length.  A state says nothing about a shorter prefix, so such sequences share no
 
 Invariants
     INV-KV-4  pages by count equal pages by name, between steps and at the peak (after a
-              rejected draft a window may name one block less, for one step)
+              rejected draft a window may name one block less, until it moves on)
     INV-KV-5  what is held contains every token that the next one attends to
 """
 

@@ -76,7 +76,9 @@ class BlockNames:
         Returns the copies to make before the step writes: a fork's shared last block.
         """
         tables = self._tables.get(sequence_id)
-        if tables is not None and tables and tables[0].tokens == tokens:
+        if tables and tables[0].tokens <= tokens <= tables[0].room_tokens:
+            for table in tables:  # the common case, once per sequence and step
+                table.tokens = tokens
             return []
         if self.pages_to_grow(sequence_id, tokens) > self.pool.blocks_free:
             return None
@@ -181,6 +183,7 @@ class BlockNames:
         self.pool.check()
         named: Counter[int] = Counter()
         for tables in self._tables.values():
+            assert len({(table.tokens, table.room_tokens) for table in tables}) <= 1
             for table in tables:
                 table.check()
                 named.update(table.pages_held)

@@ -28,7 +28,7 @@ Copy = tuple[int, int]  # (source page, target page): to be done before the next
 class BlockTable:
     """One sequence's blocks in one cache group; a block is `pages_per_block` pages."""
 
-    __slots__ = ("_block_tokens", "_group", "_holes", "_pages", "_pool", "tokens")
+    __slots__ = ("_block_tokens", "_group", "_holes", "_pages", "_pool", "room_tokens", "tokens")
 
     def __init__(self, pool: BlockPool, group: CacheGroup, *, block_tokens: int) -> None:
         self._pool = pool
@@ -37,6 +37,7 @@ class BlockTable:
         self._pages: list[int] = []
         self._holes = 0  # leading blocks released
         self.tokens = 0
+        self.room_tokens = 0  # up to here a write needs neither a new block nor a copy
 
     @property
     def blocks(self) -> int:
@@ -76,14 +77,14 @@ class BlockTable:
             self._pool.share(page)
         self._pages = [HOLE] * (holes * width) + list(pages[holes * width :])
         self._holes = holes
-        self.tokens = tokens
+        self.tokens = self.room_tokens = tokens
 
     def fork(self) -> "BlockTable":
         """A second table with the same tokens, sharing every block."""
         child = BlockTable(self._pool, self._group, block_tokens=self._block_tokens)
         child._pages = self._pages.copy()
         child._holes = self._holes
-        child.tokens = self.tokens
+        child.tokens = child.room_tokens = self.room_tokens = self.tokens
         for page in self.pages_held:
             self._pool.share(page)
         return child
@@ -121,6 +122,7 @@ class BlockTable:
                 del self._pages[-width:]
             self._pages += fresh
         self.tokens = tokens
+        self.room_tokens = self.blocks * self._block_tokens
         return copies
 
     def slide(self) -> None:
@@ -139,20 +141,22 @@ class BlockTable:
         for page in reversed(self._pages[keep * width :]):
             self._pool.give_back(page)
         del self._pages[keep * width :]
-        self.tokens = tokens
+        self.tokens = self.room_tokens = tokens
 
     def release(self) -> None:
         """Give everything back; the table is as new."""
         for page in reversed(self.pages_held):
             self._pool.give_back(page)
         self._pages.clear()
-        self._holes = self.tokens = 0
+        self._holes = self.tokens = self.room_tokens = 0
 
     def check(self) -> None:
         """INV-KV-5, and that entries, holes and tokens agree."""
         width = self._group.pages_per_block
         assert self.blocks * width == len(self._pages)
         assert self.blocks == -(-self.tokens // self._block_tokens)
+        assert self.tokens <= self.room_tokens <= self.blocks * self._block_tokens
+        assert self.room_tokens == self.tokens or self._pool.references(self._pages[-1]) == 1
         assert self._pages[: self._holes * width] == [HOLE] * (self._holes * width)
         assert HOLE not in self.pages_held
         assert self._holes <= self._group.blocks_unread(self.tokens, self._block_tokens)
