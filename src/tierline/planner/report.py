@@ -9,13 +9,13 @@ import math
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from importlib import resources
 from typing import Any
 
 from tierline.base.units import format_seconds, format_usd, significant
 from tierline.perf.evidence import KINDS, Value
 from tierline.planner.figures import figures, strictest, why_not
 from tierline.planner.finding import Candidate, Edge, Finding, Plan, Rejected
+from tierline.planner.pages import render_page
 
 ALTERNATIVES_MAX = 20
 GROUP_MIN = 3  # fewer rejections for one reason are told together
@@ -44,20 +44,10 @@ class Tile:
 
 def render_report(plan: Plan) -> str:
     """The report of `plan` as one self-contained HTML page."""
-    import jinja2  # off the import path of `tierline --help`
-    from markupsafe import Markup
-
-    environment = jinja2.Environment(
-        autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined
-    )
-    environment.filters["svg"] = Markup  # ours, escaped where it was built
-    environment.filters["value"] = format_value
-    environment.filters["exact"] = exact_value
-    environment.filters["band"] = band
-    folder = resources.files("tierline.planner") / "templates"
-    template = environment.from_string((folder / "report.html.j2").read_text(encoding="utf-8"))
     best = plan.recommended
-    return template.render(
+    return render_page(
+        "report.html.j2",
+        filters={"value": format_value, "exact": exact_value, "band": band},
         plan=plan,
         best=best,
         promises=[f"{level.name}: {level}" for level in plan.question.levels],
