@@ -38,7 +38,7 @@ def list_pairs(free: list[int]) -> None:
     for _ in range(PAIRS_PER_RUN):
         taken = [free.pop() for _ in range(BLOCKS_PER_PROMPT)]
         for block in taken:
-            free.append(block)
+            free.append(block)  # noqa: PERF402 (one by one, as a pool must)
 
 
 def name_steps(names: BlockNames) -> None:
