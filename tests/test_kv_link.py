@@ -155,6 +155,7 @@ def start_the_first_submitted(link: Link) -> None:
     link._moving = next(iter(link._loads.values()), None)
     if link._moving:
         link._moving.transfer.state = "moving"
+    link._expect()
 
 
 def never_pause(link: Link, load: Any) -> None:

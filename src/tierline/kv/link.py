@@ -44,6 +44,7 @@ class Link:
     """One direction between two tiers, at `bytes_per_s` divided by how many share it."""
 
     __slots__ = (
+        "_ends_ps",
         "_heap",
         "_latency_ps",
         "_loads",
@@ -75,6 +76,7 @@ class Link:
         self._loads: dict[Transfer, _Load] = {}
         self._heap: list[tuple[Order, _Load]] = []  # also loads that have left or moved up
         self._moving: _Load | None = None
+        self._ends_ps = FOREVER_PS  # when it has carried all, at the present rate
         self._since_ps = 0  # the instant up to which everything is accounted
         self._serial = 0
         self._work_moved = self._work_lost = 0  # lost: carried for what was then cancelled
@@ -89,9 +91,7 @@ class Link:
 
     def next_done_ps(self) -> int:
         """When the moving transfer ends if nothing changes; FOREVER_PS if none does."""
-        if self._moving is None:
-            return FOREVER_PS
-        return min(self._since_ps + self._left_ps(self._moving), FOREVER_PS)
+        return self._ends_ps
 
     def backlog_ps(self, urgency: tuple[int, int]) -> int:
         """How long a transfer of that urgency would wait, as seen when last advanced."""
@@ -142,12 +142,13 @@ class Link:
         assert factor >= 0
         self._account(now_ps)
         self._rate_ppm = round(factor * FULL_RATE_PPM)
+        self._expect()
 
     def advance(self, now_ps: int) -> list[Transfer]:
         """Carry bytes up to `now_ps`; returns what has ended, in order."""
         done: list[Transfer] = []
-        while (end_ps := self.next_done_ps()) <= now_ps:
-            self._account(end_ps)
+        while self._ends_ps <= now_ps:
+            self._account(self._ends_ps)
             load = self._moving
             assert load is not None
             assert not load.work_left
@@ -173,7 +174,7 @@ class Link:
             assert 0 <= load.work_left <= transfer.bytes * self._work_per_byte
             assert transfer.state == ("moving" if load is self._moving else "queued")
             assert self._moving is not None
-            assert self._moving.order <= load.order or not self._left_ps(self._moving)
+            assert self._moving.order <= load.order or self._ends_ps == self._since_ps
 
     def _order(self, transfer: Transfer) -> Order:
         self._serial += 1
@@ -189,9 +190,9 @@ class Link:
     def _enter(self, load: _Load) -> None:
         """Queue it; it pauses what moves if that is less urgent and not at its end."""
         self._loads[load.transfer] = load
-        moving = self._moving
         heappush(self._heap, (load.order, load))
-        if moving is None or (load.order < moving.order and self._left_ps(moving)):
+        moving = self._moving
+        if moving is None or (load.order < moving.order and self._ends_ps > self._since_ps):
             if moving is not None:
                 moving.transfer.state = "queued"
                 heappush(self._heap, (moving.order, moving))
@@ -207,15 +208,22 @@ class Link:
             if load.order == order and self._loads.get(load.transfer) is load:
                 load.transfer.state = "moving"
                 self._moving = load
-                return
+                break
+        self._expect()
+
+    def _expect(self) -> None:
+        """Foresee the end of what moves; it stays where it is while time passes."""
+        self._ends_ps = FOREVER_PS
+        if self._moving is not None:
+            self._ends_ps = min(self._since_ps + self._left_ps(self._moving), FOREVER_PS)
 
     def _account(self, now_ps: int) -> None:
         """The moving transfer carries what it can until `now_ps`."""
         elapsed_ps = now_ps - self._since_ps
         assert elapsed_ps >= 0, "time does not run backwards"
+        assert now_ps <= self._ends_ps, "advance first: a transfer has ended"
         load = self._moving
         if load is not None and elapsed_ps:
-            assert elapsed_ps <= self._left_ps(load), "advance first: a transfer has ended"
             waited_ps = min(elapsed_ps, load.latency_left_ps)
             load.latency_left_ps -= waited_ps
             rate = self.bytes_per_s * self._rate_ppm
