@@ -243,10 +243,8 @@ class NamesMachine(RuleBasedStateMachine):
         memory = self.memory
         assume(memory.names.layout.shares_prefixes)
         run, free = self.born(), memory.names.pool.blocks_free
-        pages = memory.names.take(run, blocks)
-        assert (pages is None) == (free < blocks * memory.names.layout.pages_per_block)
-        if pages is None:
-            return
+        assume(free >= blocks * memory.names.layout.pages_per_block)
+        memory.names.take(run, blocks)
         memory.runs[run] = memory.fresh(blocks * B)
         for g, held in enumerate(memory.names.run_pages(run)):
             width = memory.names.layout.groups[g].pages_per_block

@@ -131,7 +131,7 @@ class BlockNames:
 
     # Runs of the prefix index
 
-    def publish(self, sequence_id: int, run: Run, *, first_block: int, blocks: int) -> None:
+    def publish(self, sequence_id: int, run: Run, first_block: int, blocks: int) -> None:
         """The run now also holds these blocks of the sequence, after those it has."""
         pages_by_group = self._runs.setdefault(run, [[] for _ in self.layout.groups])
         for table, pages in zip(self._tables[sequence_id], pages_by_group, strict=True):
@@ -141,29 +141,24 @@ class BlockNames:
                     self.pool.share(page)
                     pages.append(page)
 
-    def take(self, run: Run, blocks: int) -> list[int] | None:
-        """Device blocks for a run that is being loaded, or None if too few are free.
-
-        Returns the pages, group after group; the run holds them from now on.
-        """
+    def take(self, run: Run, blocks: int) -> None:
+        """Device blocks for a run that is being loaded; the scheduler has made room."""
         fresh = self.pool.take(blocks * self.layout.pages_per_block)
-        if fresh is None:
-            return None
+        assert fresh is not None, "a load takes more than was reserved"
         pages_by_group = self._runs.setdefault(run, [[] for _ in self.layout.groups])
         end = 0
         for group, pages in zip(self.layout.groups, pages_by_group, strict=True):
             first, end = end, end + blocks * group.pages_per_block
             pages += fresh[first:end]
-        return fresh
 
-    def split(self, head: Run, tail: Run, *, blocks: int) -> None:
+    def split(self, head: Run, tail: Run, blocks: int) -> None:
         """A run becomes two: its first `blocks` are the head's, the rest the tail's.
 
         Either of the two may be the run that was split.  Without pages there is nothing to do.
         """
         assert head != tail
         assert not (head in self._runs and tail in self._runs), "which one is split?"
-        whole = self._runs.pop(head, None) or self._runs.pop(tail, None)
+        whole = self._runs.pop(head if head in self._runs else tail, None)
         if whole is None:
             return
         ends = [blocks * group.pages_per_block for group in self.layout.groups]
