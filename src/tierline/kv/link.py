@@ -144,6 +144,10 @@ class Link:
         self._rate_ppm = round(factor * FULL_RATE_PPM)
         self._expect()
 
+    def catch_up(self, now_ps: int) -> None:
+        """Account for what has moved until now, for whoever asks next; nothing may have ended."""
+        self._account(now_ps)
+
     def advance(self, now_ps: int) -> list[Transfer]:
         """Carry bytes up to `now_ps`; returns what has ended, in order."""
         done: list[Transfer] = []

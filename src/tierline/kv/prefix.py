@@ -29,7 +29,7 @@ from typing import Any, Protocol
 
 from tierline.kv.pages import Pages
 from tierline.kv.placement import Lru, Placement
-from tierline.kv.transfer import BACKGROUND, DEMAND, DEVICE, DRAM, Transfer
+from tierline.kv.transfer import BACKGROUND, DEMAND, DEVICE, DRAM, REMOTE, Transfer
 
 
 class Holder(Protocol):
@@ -160,6 +160,7 @@ class PrefixIndex:
         self.leaving_blocks = 0  # written back, pages not free yet
         self.epoch = 0  # counts what may change a refusal: evictions and landings
         self.outbox: list[Transfer] = []
+        self.hastened: list[tuple[Transfer, tuple[int, int]]] = []  # on their way, now wanted
         self._penalty_s, self._penalty_depth_s = penalties_s
         self._births = 0
         self._transfers = 0
@@ -284,8 +285,9 @@ class PrefixIndex:
             assert arriving is not None
             if waiter is not None and waiter not in arriving.waiters:
                 arriving.waiters.append(waiter)
-                arriving.urgency = min(arriving.urgency, urgency)
                 waits += 1
+                if urgency < arriving.urgency:
+                    self.hastened.append((arriving, urgency))
         return waits
 
     def _load(self, run: Run, transfer: Transfer) -> None:
@@ -555,8 +557,9 @@ class PrefixIndex:
         return self.parked_transfer("swap-out", blocks, (DEMAND, 0))
 
     def parked_transfer(self, kind: str, blocks: int, urgency: tuple[int, int]) -> Transfer:
-        """The transfer of parked blocks: 'swap-out' from the device, 'swap-in' back to it."""
-        source, target = (DEVICE, DRAM) if kind == "swap-out" else (DRAM, DEVICE)
+        """Blocks of one sequence: 'swap-out' to DRAM, 'swap-in' back, 'handover' from elsewhere."""
+        sources = {"swap-out": DEVICE, "swap-in": DRAM, "handover": REMOTE}
+        source, target = sources[kind], DRAM if kind == "swap-out" else DEVICE
         transfer = self._send(kind, source, target, urgency)
         transfer.blocks = blocks
         transfer.bytes = blocks * self.block_bytes

@@ -12,6 +12,7 @@ Two or three scalars of an engine on an accelerator (`Calibration`) multiply or 
 and nowhere else.
 """
 
+from collections.abc import Callable
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass
 from math import isqrt
@@ -113,6 +114,11 @@ class StepLine:
                     alpha += pair_ps * most
         return alpha + self._tokens_ps[tokens], beta
 
+    @property
+    def bends(self) -> bool:
+        """Whether some windows saturate, so that the line may change under way."""
+        return bool(self._bounded or self._bounded_pairs)
+
     def linear_steps(
         self, decodes: int, context_tokens: int, chunks: Seq[tuple[int, int]] = ()
     ) -> int:
@@ -163,6 +169,30 @@ class StepLine:
                 high = middle - 1
         return low * grain
 
+    def prefill_rate(
+        self, *, chunk: int, decodes: int, context_tokens: int
+    ) -> Callable[[int, int], int]:
+        """(prompt tokens, cached tokens before) -> picoseconds, at one decode load and chunk."""
+        fixed = self._sequences_ps[decodes] + self._cache_ps * context_tokens
+        fixed += self._state_ps * decodes + self._prefill_ps
+        for limit, token_ps in self._bounded:
+            fixed += token_ps * min(context_tokens, limit * decodes)
+        tokens_ps, pair_ps, bounded = self._tokens_ps, self._pair_ps, self._bounded_pairs
+        whole_ps = fixed + tokens_ps[decodes + chunk]
+
+        def price(tokens: int, past: int) -> int:
+            whole, rest = divmod(tokens, chunk)
+            total = whole * whole_ps
+            if rest:
+                total += fixed + tokens_ps[decodes + rest]
+            pairs = tokens * (2 * past + tokens)
+            total += pair_ps * pairs
+            for limit, bounded_ps in bounded:
+                total += bounded_ps * min(pairs, limit * tokens)
+            return total
+
+        return price
+
     def prefill_ps(
         self, tokens: int, *, past: int = 0, chunk: int, decodes: int = 0, context_tokens: int = 0
     ) -> int:
@@ -170,19 +200,8 @@ class StepLine:
         `chunk` beside `decodes` sequences."""
         if tokens <= 0:
             return 0
-        whole, rest = divmod(tokens, chunk)
-        fixed = self._sequences_ps[decodes] + self._cache_ps * context_tokens
-        fixed += self._state_ps * decodes + self._prefill_ps
-        for limit, token_ps in self._bounded:
-            fixed += token_ps * min(context_tokens, limit * decodes)
-        total = whole * (fixed + self._tokens_ps[decodes + chunk])
-        if rest:
-            total += fixed + self._tokens_ps[decodes + rest]
-        pairs = tokens * (2 * past + tokens)
-        total += self._pair_ps * pairs
-        for limit, pair_ps in self._bounded_pairs:
-            total += pair_ps * min(pairs, limit * tokens)
-        return total
+        rate = self.prefill_rate(chunk=chunk, decodes=decodes, context_tokens=context_tokens)
+        return rate(tokens, past)
 
 
 def steps_before(alpha: int, beta: int, span_ps: int, most: int) -> int:

@@ -10,7 +10,10 @@ from typing import Any
 from tierline.base.clock import FOREVER_PS
 
 WAITING, LOADING, PREFILL, DECODE, DONE = range(5)
-ON_TIME, LATE = range(2)  # bands: who can still keep a promise goes before who cannot
+
+# Bands: an earlier band goes first, whatever the keys. OWED: its class is below its floor;
+# BACKGROUND: nobody waits for it; LATE: its deadline cannot be met any more.
+OWED, ON_TIME, BACKGROUND, LATE = -1, 0, 1, 2
 
 
 class Sequence:
@@ -77,7 +80,7 @@ class Sequence:
 
         self.state = WAITING
         self.band = ON_TIME
-        self.key: tuple[int, ...] = ()  # its place in the order, fixed when it enters the queue
+        self.key: Any = 0  # its place in the order, fixed when it enters the queue
         self.target_tokens = prompt_tokens  # to be cached before the next token is sampled
         self.cached_tokens = 0
         self.generated_tokens = 0

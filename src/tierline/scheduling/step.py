@@ -9,8 +9,8 @@ two executors, torch in `engine` and the cost model in `sim`, and one scheduler.
 
 There is no prefill phase and no decode phase: a prompt chunk is many tokens, a decode is
 one, a verified draft is a few.  `repeats` says how often the same step may be done before a
-decision could change.  The scheduler bounds what it decides (memory, chunk, order,
-deadline); the executor bounds what the world does (the next last token, which is why it
+decision could change.  The scheduler bounds what it decides (memory, chunk, order); the
+executor bounds what the world does (the next last token, which is why it
 passes `repeats_max`, arrivals, landings).  Doing fewer repeats than allowed is always legal.
 """
 
@@ -25,7 +25,6 @@ class Step:
     """One forward pass, to be done up to `repeats` times.
 
     Each repeat advances every decoding sequence by a token and every chunk by its tokens.
-    No repeat may begin at or after `until_ps`.
     """
 
     __slots__ = (
@@ -34,13 +33,13 @@ class Step:
         "decodes",
         "decoding",
         "draft_tokens",
+        "hastened",
         "number",
         "padding",
         "preempted",
         "repeats",
         "tick",
         "transfers",
-        "until_ps",
     )
 
     number: int
@@ -52,9 +51,9 @@ class Step:
     draft_tokens: int  # to verify beside each decode
     padding: int  # slots that compute although nobody needs them (static batching)
     repeats: int
-    until_ps: int
     preempted: list[Sequence]
     transfers: list[Transfer]  # to be started before the step; "swap-out" must end before it
+    hastened: list[tuple[Transfer, tuple[int, int]]]  # under way, and wanted sooner now
 
     @property
     def tokens(self) -> dict[int, int]:

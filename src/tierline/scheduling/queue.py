@@ -1,0 +1,143 @@
+"""Who waits, and who of them goes next.
+
+Lanes are heaps over keys that never change.  Where classes have a guaranteed share, each
+class has a lane of its own, and those that stepped back have the last one.  Every admission
+pays in credit: a lane that waits earns its share of the tokens admitted, a lane that is
+served pays for them, and a lane in credit is *owed*: it goes next whatever the keys say.
+An empty lane saves nothing up.
+
+Invariants
+    INV-SCHED-2  a lane with a floor of f percent that always waits is served at least f
+                 percent of all tokens admitted, less one request
+    INV-SCHED-3  everybody who waits is in exactly one lane
+"""
+
+from collections.abc import Iterator
+from heapq import heapify, heappop, heappush
+from typing import Any
+
+from tierline.scheduling.policy import Policy
+from tierline.scheduling.sequence import DONE, LATE, OWED, WAITING, Sequence
+
+Entry = tuple[int, Any, int, Sequence]
+
+
+class Lane:
+    """One heap of waiting sequences."""
+
+    __slots__ = ("credit", "floor_percent", "heap")
+
+    def __init__(self, floor_percent: int = 0) -> None:
+        self.floor_percent = floor_percent
+        self.credit = 0  # percent x tokens; positive: owed
+        self.heap: list[Entry] = []
+
+
+class WaitingLine:
+    """All sequences that wait for memory, a slot, or their turn."""
+
+    __slots__ = ("_by_rank", "_floors", "_from", "_lanes", "_late", "_ranks", "waiting")
+
+    def __init__(self, policy: Policy) -> None:
+        floors = policy.floors_percent
+        self._by_rank = bool(floors)
+        self._late = Lane(policy.late_floor_percent)
+        self._ranks = [Lane(percent) for percent in floors] or [Lane()]
+        self._lanes = [*self._ranks, self._late]
+        self._floors = [lane for lane in self._lanes if lane.floor_percent]
+        self._from = self._late  # the lane that answered `head` last
+        self.waiting = 0
+
+    def push(self, sequence: Sequence) -> bool:
+        """Let a sequence wait; whether it is now the first of its lane."""
+        sequence.state = WAITING
+        self.waiting += 1
+        lane = self._lane_of(sequence)
+        entry = (sequence.band, sequence.key, sequence.id, sequence)
+        heappush(lane.heap, entry)
+        return lane.heap[0] is entry
+
+    def head(self) -> Entry | None:
+        """(band, key, id, sequence) of who goes next; the band is OWED for an owed lane."""
+        if not self.waiting:
+            return None
+        for lane in self._floors:
+            if lane.credit > 0 and (entry := self._top(lane)) is not None:
+                self._from = lane
+                return (OWED, *entry[1:])
+        best: Entry | None = None
+        for lane in self._lanes:
+            if lane.heap:
+                entry = self._top(lane)
+                if entry is not None and (best is None or entry < best):
+                    best, self._from = entry, lane
+        return best
+
+    def take(self, head: Entry, tokens: int) -> None:
+        """What `head` just answered was admitted for `tokens` tokens of service."""
+        lane = self._from
+        entry = heappop(lane.heap)
+        assert entry[3] is head[3], "took somebody who was not first"
+        self.waiting -= 1
+        entry[3].band = head[0]  # who was owed stays owed until done
+        if not self._floors:
+            return
+        for other in self._floors:
+            if other.heap or other is lane:
+                other.credit += other.floor_percent * tokens
+            if not other.heap:
+                other.credit = min(other.credit, 0)
+        lane.credit -= 100 * tokens
+
+    def on_time(self) -> Iterator[Sequence]:
+        """Those who wait and have not stepped back."""
+        for lane in self._ranks:
+            for entry in lane.heap:
+                if entry[3].state == WAITING:
+                    yield entry[3]
+
+    def step_back(self, late: list[Sequence]) -> None:
+        """Move waiting sequences behind all that can still be on time."""
+        for sequence in late:
+            sequence.band = LATE
+            sequence.key = sequence.arrival_ps
+            heappush(self._late.heap, (LATE, sequence.key, sequence.id, sequence))
+        for lane in self._ranks:
+            kept = [entry for entry in lane.heap if entry[3].band != LATE]
+            if len(kept) != len(lane.heap):
+                heapify(kept)
+                lane.heap = kept
+
+    def reorder(self, order: dict[int, Any]) -> None:
+        """Give everybody in the first lane a new key, by sequence id."""
+        lane = self._ranks[0]
+        lane.heap = [(b, order[i], i, s) for b, _, i, s in lane.heap if s.state == WAITING]
+        heapify(lane.heap)
+        for entry in lane.heap:
+            entry[3].key = entry[1]
+
+    def cancelled(self, sequence: Sequence) -> None:
+        """A waiting sequence is wanted no more; its entry is dropped when it comes up."""
+        assert sequence.state == WAITING
+        sequence.state = DONE
+        self.waiting -= 1
+
+    def everybody(self) -> list[Sequence]:
+        """Who waits, in no particular order."""
+        return [e[3] for lane in self._lanes for e in lane.heap if e[3].state == WAITING]
+
+    def check(self) -> None:
+        """Assert INV-SCHED-3."""
+        waiting = self.everybody()
+        assert len(waiting) == self.waiting == len({s.id for s in waiting})
+
+    def _lane_of(self, sequence: Sequence) -> Lane:
+        if sequence.band == LATE:
+            return self._late
+        return self._ranks[min(sequence.rank, len(self._ranks) - 1) if self._by_rank else 0]
+
+    def _top(self, lane: Lane) -> Entry | None:
+        heap = lane.heap
+        while heap and heap[0][3].state == DONE:
+            heappop(heap)
+        return heap[0] if heap else None

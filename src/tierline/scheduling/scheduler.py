@@ -1,0 +1,958 @@
+"""Which sequences advance by how many tokens: the one scheduler, for the engine and the simulator.
+
+Nothing here knows whether tokens are real.  `next_step` decides, `complete` accounts,
+`add`, `landed` and `cancel` tell it what the world did in between.
+
+Two devices make it cheap enough to search with and rich enough to serve with:
+
+The *tick*.  All decoding sequences advance together, so nobody's length is written down
+while it decodes: it is the length at joining plus the ticks since.  How many pages a tick
+takes is a count by tick modulo block size (`_growth`), kept when sequences join and leave.
+
+The *horizon*.  `next_step` also says for how many repeats its decision holds.  A repeat must
+be a fixed point: whatever this step changed after reading it (a preemption frees budget, an
+admission moves credit, an eviction frees memory after somebody was refused) would make the
+next decision differ, and then the answer is one.  A refusal changes nothing, so a refused
+head may ask again at every single step.  Shorter than possible is always right.
+
+Invariants
+    INV-SCHED-4  k repeats of a step leave the state that k single steps leave
+    INV-SCHED-5  pages: free + held + cached + on their way = total, after every call
+    INV-SCHED-6  a refusal changes no state
+    INV-SCHED-7  a sequence is in exactly one of waiting, loading, prefilling, decoding, done
+"""
+
+from bisect import bisect_right
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from heapq import heappop, heappush
+from itertools import accumulate
+
+from tierline.base.clock import FOREVER_PS
+from tierline.base.errors import DoesNotFitError
+from tierline.kv.groups import CacheLayout
+from tierline.kv.pages import Pages
+from tierline.kv.prefix import PrefixIndex
+from tierline.kv.transfer import DEMAND, DEVICE, DRAM, TIER_NAMES, Transfer
+from tierline.perf.line import StepLine
+from tierline.scheduling.fairness import FairShare
+from tierline.scheduling.policy import Policy, by_arrival, deadline_or_patience
+from tierline.scheduling.queue import Entry, WaitingLine
+from tierline.scheduling.sequence import (
+    BACKGROUND,
+    DECODE,
+    DONE,
+    LATE,
+    LOADING,
+    ON_TIME,
+    OWED,
+    PREFILL,
+    WAITING,
+    Sequence,
+)
+from tierline.scheduling.shedding import too_late
+from tierline.scheduling.step import Step
+
+EVICTED_AT_ONCE = 32  # a full cache forgets this fraction of the pool, so that horizons stay long
+Reload = Callable[[int, int, int], int]  # (tier, bytes, now) -> picoseconds until they are here
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Limits:
+    """What one instance does at once."""
+
+    batch_tokens: int  # of one step, decodes included
+    sequences_max: int  # decoding, prefilling and loading
+    chunk_tokens: int  # of one prompt in one step
+    chunk_tokens_min: int = 64  # adaptive chunks do not shrink below this
+    chunk_grain: int = 32  # and are multiples of this
+    draft_tokens: int = 0  # verified beside every decode
+
+
+class Scheduler:
+    """Decides the steps of one instance."""
+
+    def __init__(
+        self,
+        *,
+        pages: Pages,
+        index: PrefixIndex,
+        layout: CacheLayout,
+        line: StepLine,
+        policy: Policy,
+        limits: Limits,
+        reload_ps: Reload | None = None,
+        tenant_weights: dict[str, int] | None = None,
+    ) -> None:
+        """`reload_ps` prices bringing bytes up from a tier at the present load of its link.
+
+        Without `tenant_weights` tenants are not told apart; one that is not listed weighs 1.
+        """
+        self.pages, self.index, self.layout = pages, index, layout
+        self.line, self.policy, self.limits = line, policy, limits
+        self.reload_ps = reload_ps
+        self.decoding: dict[int, Sequence] = {}
+        self.prefilling: dict[int, Sequence] = {}
+        self.loading: dict[int, Sequence] = {}
+        self.held_back: dict[int, Sequence] = {}  # finished here, pages still being handed over
+        self.queue = WaitingLine(policy)
+        self.tick = self.steps = self.preemptions = 0
+        self.context_tokens = 0  # cached, over all decoding sequences, at this tick
+        self.note: Callable[[int, Sequence, str, str], None] | None = None  # for who wants to know
+        self._block = layout.block_tokens
+        self._block_pages = layout.pages_per_block
+        self._windows = [
+            (g.pages_per_block, g.blocks(1 << 40, self._block))
+            for g in layout.groups
+            if g.window_tokens is not None
+        ]
+        self._plain = not self._windows and not layout.state_pages
+        self._growth = [0] * self._block  # pages that decoders take at tick modulo block
+        self._saturating: list[tuple[int, int, int]] = []  # (tick, sequence, pages) of windows
+        self._itl_targets: dict[int, int] = {}  # of decoding sequences, how many have each
+        self._batch_evicted = max(1, pages.total // EVICTED_AT_ONCE // self._block_pages)
+        self._tiered = index.last_tier != DEVICE
+        self._low_pages = self._batch_evicted * self._block_pages if self._tiered else 0
+        self._fair: FairShare | None = None
+        if policy.debt_max_tokens and tenant_weights is not None:
+            self._fair = FairShare(tenant_weights, debt_max_tokens=policy.debt_max_tokens)
+        self._blocked: Sequence | None = None  # cannot enter until somebody leaves
+        self._blocked_epoch = 0
+        self._sized_for = -1  # cached tokens of the prompt that the chunk was sized for
+        self._arrived = False  # somebody came since the last shedding
+        self._room = True  # the step has slots and budget to spare
+        self._short = False  # a prompt under way could not grow
+        self._promised_pages = 0  # if every output grew to its limit
+        self._draining = False  # a gathered batch is being finished
+        self._padding = 0
+
+    # --- entering and leaving ---------------------------------------------------------------
+
+    def add(self, sequence: Sequence) -> bool:
+        """A request arrives. True: the step under way may be wrong now, stop repeating it.
+
+        Raises `DoesNotFitError` for a request that could never run here.
+        """
+        self.require_fit(sequence)
+        sequence.due_ps = deadline_or_patience(sequence.due_ps, sequence.arrival_ps)
+        sequence.prefill_ps = self.line.prefill_ps(
+            sequence.prompt_tokens, chunk=self.limits.chunk_tokens
+        )
+        policy = self.policy
+        sequence.band, sequence.key = policy.band(sequence), policy.key(sequence)
+        if self._fair is not None:
+            sequence.key += self._debt_ps(sequence)
+            self._fair.charge(sequence.tenant, sequence.prompt_tokens + sequence.output_max_tokens)
+        first = self.queue.push(sequence)
+        self._arrived = True
+        if policy.sheds or policy.longest_prefix_first_below:
+            return True  # both look at everybody who waits
+        if self._room and self._blocked is None:
+            return True
+        # Behind everybody nothing can change; a new head asks for itself.
+        return first and policy.key is not by_arrival
+
+    def landed(self, transfer: Transfer) -> bool:
+        """A transfer is done. True: the step under way should not be repeated further."""
+        self.index.landed(transfer)
+        if transfer.kind == "swap-in":
+            self.index.unpark(transfer.blocks)
+        return self._woken(transfer)
+
+    def lost(self, transfer: Transfer) -> bool:
+        """A transfer was given up: who waited for it goes back to the queue and recomputes."""
+        self.index.lost(transfer)
+        if transfer.kind in ("swap-in", "swap-out"):
+            self.index.unpark(transfer.blocks)
+        for sequence in transfer.waiters:
+            if sequence.state == WAITING:
+                sequence.parked_tokens = 0  # what was to be parked is lost
+            elif sequence.state == LOADING:
+                del self.loading[sequence.id]
+                self._give_back(sequence)
+                sequence.cached_tokens = sequence.parked_tokens = sequence.pending = 0
+                self.queue.push(sequence)
+        return True
+
+    def _unpark(self, sequence: Sequence) -> None:
+        if sequence.parked_tokens and sequence.parked_tier == DRAM:
+            self.index.unpark(-(-sequence.parked_tokens // self._block))
+        sequence.parked_tokens = 0
+
+    def cancel(self, sequence: Sequence) -> None:
+        """Nobody wants the answer any more. To be called between steps."""
+        if sequence.state == WAITING:
+            self._unpark(sequence)
+            self.queue.cancelled(sequence)
+            if self._fair is not None and not sequence.preemptions:
+                tokens = sequence.prompt_tokens + sequence.output_max_tokens
+                self._fair.refund(sequence.tenant, tokens)
+        elif sequence.state == DECODE:
+            self._leave(sequence)
+        elif sequence.state == PREFILL:
+            del self.prefilling[sequence.id]
+        elif sequence.state == LOADING:
+            del self.loading[sequence.id]
+        self._unpromise(sequence)
+        if sequence.state == LOADING and sequence.parked_tokens:
+            self.held_back[sequence.id] = sequence  # bytes are on their way into its pages
+        else:
+            self._give_back(sequence)
+        sequence.state = DONE
+
+    def released(self, sequence: Sequence) -> None:
+        """What was handed over has arrived elsewhere: its pages are free."""
+        del self.held_back[sequence.id]
+        self._give_back(sequence)
+
+    @property
+    def running(self) -> int:
+        """Sequences that hold memory."""
+        return len(self.decoding) + len(self.prefilling) + len(self.loading)
+
+    @property
+    def idle(self) -> bool:
+        """Whether nobody is here."""
+        return not (self.running or self.queue.waiting or self.held_back)
+
+    def require_fit(self, sequence: Sequence) -> None:
+        """Raise `DoesNotFitError` for a request that could never run here."""
+        tokens = sequence.prompt_tokens + sequence.output_max_tokens
+        needed = self._held_pages(tokens, 0)
+        if needed > self.pages.total:
+            page_bytes = self.layout.page_bytes
+            raise DoesNotFitError(
+                f"a prompt of {sequence.prompt_tokens} tokens and its output",
+                needed_bytes=needed * page_bytes,
+                available_bytes=self.pages.total * page_bytes,
+                hint="shorten the prompt, or serve with more KV memory",
+            )
+
+    def _debt_ps(self, sequence: Sequence) -> int:
+        """What a tenant above its share falls back by: fixed now, so that heaps stay sorted."""
+        assert self._fair is not None
+        tokens = self._fair.lag_tokens(sequence.tenant) - self.policy.debt_free_tokens
+        return max(tokens, 0) * (sequence.prefill_ps // sequence.prompt_tokens)
+
+    def _woken(self, transfer: Transfer) -> bool:
+        woke = self._blocked is not None  # residency moved: a refused head may fit now
+        for sequence in transfer.waiters:
+            if sequence.state != LOADING:
+                if sequence.id in self.held_back and transfer.target == DEVICE:
+                    self.released(sequence)
+                continue
+            sequence.pending -= 1
+            if sequence.pending == 0:
+                del self.loading[sequence.id]
+                if sequence.parked_tokens:
+                    sequence.cached_tokens = sequence.parked_tokens
+                    sequence.parked_tokens = 0
+                sequence.state = PREFILL
+                self.prefilling[sequence.id] = sequence
+                woke = True
+        return woke
+
+    # --- deciding ---------------------------------------------------------------------------
+
+    def next_step(self, now_ps: int, repeats_max: int = FOREVER_PS) -> Step:
+        """The next step; it is empty when there is nothing to compute."""
+        step = Step()
+        step.preempted, step.chunks, step.padding = [], [], 0
+        need = self._grow_running(step, now_ps)
+        self._blocked = None
+        budget = self._budget()
+        if self.policy.sheds and self._arrived and self.queue.waiting and not step.preempted:
+            self._shed(now_ps, budget)
+        need = self._fill(step, budget, need, now_ps)
+        while self._short and not step.chunks and not self.decoding and len(self.prefilling) > 1:
+            victim = self.policy.victim(self.prefilling.values())
+            self._preempt(victim, step, now_ps, "prompts held each other's memory")
+            need = self._fill(step, budget, 0, now_ps)
+        step.tick, step.decoding = self.tick, self.decoding
+        step.decodes, step.context_tokens = len(self.decoding), self.context_tokens
+        step.draft_tokens = self.limits.draft_tokens if step.decodes else 0
+        if not self.policy.mixes and step.chunks:
+            step.decodes = step.context_tokens = 0
+        if self.policy.gathers:
+            step.padding = self._padding if step.decodes else 0
+            self._draining = bool(step.decodes)
+        index = self.index
+        step.transfers, index.outbox = index.outbox, []
+        step.hastened, index.hastened = index.hastened, []
+        self.steps += 1
+        step.number = self.steps
+        alone = repeats_max == 1 or step.preempted or step.draft_tokens
+        step.repeats = 1 if alone else self._horizon(step, repeats_max)
+        return step
+
+    def _grow_running(self, step: Step, now_ps: int) -> int:
+        """Pages that decoding sequences take in this step, after making room for them."""
+        need = self._tick_pages()
+        if self._tiered:
+            self._write_back(need)
+        if need <= self.pages.free:
+            return need
+        self._reclaim(min(need, self._obtainable()))
+        while (need := self._tick_pages()) > self.pages.free:
+            victim = self.policy.victim(self.decoding.values())
+            self._preempt(victim, step, now_ps, f"{need - self.pages.free} pages short")
+        return need
+
+    def _tick_pages(self) -> int:
+        if not self.limits.draft_tokens:
+            return self._growth[self.tick % self._block]
+        ticks = range(self.tick, self.tick + self.limits.draft_tokens + 1)
+        return sum(self._growth[tick % self._block] for tick in ticks)
+
+    def _budget(self) -> int:
+        """Prompt tokens of this step: what the batch has left, or what the tightest ITL allows."""
+        limits, decodes = self.limits, len(self.decoding)
+        budget = limits.batch_tokens
+        if self.policy.mixes:
+            budget -= decodes * (1 + limits.draft_tokens)
+        if (
+            self.policy.adaptive_chunk
+            and self._itl_targets
+            and (self.prefilling or self.queue.waiting)
+        ):
+            past = self._begun()[0].cached_tokens if self.prefilling else 0
+            self._sized_for = past
+            fits = self.line.chunk_for(
+                min(self._itl_targets),
+                decodes=decodes,
+                context_tokens=self.context_tokens,
+                past_tokens=past,
+                tokens_max=max(budget, 0),
+                grain=limits.chunk_grain,
+            )
+            budget = min(budget, max(fits, limits.chunk_tokens_min))
+        return budget
+
+    def _begun(self) -> list[Sequence]:
+        """Prompts under way, in the order they are served."""
+        begun = list(self.prefilling.values())
+        if self.policy.overtakes and len(begun) > 1:
+            begun.sort(key=lambda s: (s.band, s.key, s.id))
+        return begun
+
+    def _fill(self, step: Step, budget: int, need: int, now_ps: int) -> int:
+        """Prompt tokens for this step: prompts under way and the queue, merged in order."""
+        policy, limits, queue = self.policy, self.limits, self.queue
+        begun = self._begun()
+        slots = limits.sequences_max - self.running
+        at, opened, short = 0, not step.preempted and not self._draining, False
+        if policy.longest_prefix_first_below and queue.waiting:
+            self._reorder()
+        while budget > 0:
+            s = begun[at] if at < len(begun) else None
+            head = queue.head() if opened and (s is None or policy.overtakes) else None
+            if head is not None and (s is None or head[:3] < (s.band, s.key, s.id)):
+                tokens = self._admit(head[3], budget, need, now_ps) if slots > 0 else None
+                if tokens is None:
+                    victim = self._who_gives_way(head) if self.decoding else None
+                    if victim is None:
+                        self._refuse(head[3], slots, now_ps)
+                        opened = False
+                        continue
+                    need -= self._next_pages(victim)
+                    self._preempt(victim, step, now_ps, f"gives way to {head[3].id}")
+                    slots += 1
+                    continue
+                slots -= 1
+                self._charge(head)
+                s = head[3]
+                if not tokens:
+                    continue
+            elif s is not None:
+                at += 1
+                tokens = min(s.target_tokens - s.cached_tokens, budget, limits.chunk_tokens)
+                grown = self._chunk_pages(s, tokens)
+                if grown > self.pages.free - need:
+                    if grown > self._obtainable() - need:
+                        short = True
+                        break
+                    self._reclaim(need + grown)
+            else:
+                break
+            need += self._chunk_pages(s, tokens)
+            budget -= tokens
+            step.chunks.append((s, tokens))
+        self._short = short
+        self._room = budget > 0 and slots > 0 and not short
+        return need
+
+    def _refuse(self, head: Sequence, slots: int, now_ps: int) -> None:
+        self._blocked, self._blocked_epoch = head, self.index.epoch
+        if self.note is not None:
+            why = "no slot" if slots <= 0 else f"{self.pages.free} pages free"
+            self.note(now_ps, head, "blocked", why)
+
+    def _reorder(self) -> None:
+        """SGLang's order: the longest cached prefix first, while the queue is short."""
+        queue = self.queue
+        if queue.waiting > self.policy.longest_prefix_first_below:
+            return
+        order: dict[int, tuple[int, int]] = {}
+        for s in queue.everybody():
+            found = self.index.peek(s.chain, self._shareable_blocks(s))[0] if s.chain else 0
+            order[s.id] = (-found, s.arrival_ps)
+        queue.reorder(order)
+
+    def _shed(self, now_ps: int, budget: int) -> None:
+        """Whoever cannot be on time any more steps back."""
+        self._arrived = False
+        begun = [s for s in self.prefilling.values() if s.band == ON_TIME and s.first_ps < 0]
+        jobs = begun + [s for s in self.queue.on_time() if s.band == ON_TIME]
+        late = too_late(
+            jobs,
+            self.line,
+            now_ps=now_ps,
+            chunk=max(budget, self.limits.chunk_grain),
+            decodes=len(self.decoding),
+            context_tokens=self.context_tokens,
+        )
+        if not late:
+            return
+        for s in late:
+            s.band = LATE
+            if self.note is not None:
+                self.note(now_ps, s, "stepped back", "its deadline cannot be met any more")
+        self.queue.step_back([s for s in late if s.state == WAITING])
+
+    # --- admitting --------------------------------------------------------------------------
+
+    def _admit(self, s: Sequence, budget: int, need: int, now_ps: int) -> int | None:
+        """Tokens of `s` for this step, 0 when it must load first, None when it does not fit.
+
+        A refusal changes nothing.
+        """
+        if s.parked_tokens:
+            return self._admit_parked(s, need, now_ps)
+        found = device = loose = fetch = 0
+        if s.chain is not None and (limit := self._shareable_blocks(s)):
+            found, device, loose, fetch = self.index.peek(s.chain, limit)
+            if found > device:
+                found, fetch = self._worth_having(s, found, device, fetch, now_ps)
+        loose_pages = loose * self._block_pages
+        if not self._keeps_promises(s):
+            return None
+        if found > device:
+            if fetch * self._block_pages + need > self._obtainable() - loose_pages:
+                return None
+            return self._admit_loading(s, found, fetch, need, now_ps)
+        cached = found * self._block
+        tokens = min(s.target_tokens - cached, budget, self.limits.chunk_tokens)
+        grown = self._pages_between(cached, cached + tokens)
+        free = self.pages.free
+        if grown + need > free and grown + need > self._obtainable() - loose_pages:
+            return None
+        if found:
+            path, s.published_blocks = self.index.match(s.chain, found, now_ps)
+            s.run = path[-1]
+            self.index.hold(s.run)
+        self._reclaim(need + grown)
+        self._enter(s, cached, now_ps)
+        s.state = PREFILL
+        self.prefilling[s.id] = s
+        return tokens
+
+    def _admit_parked(self, s: Sequence, need: int, now_ps: int) -> int | None:
+        """Bring what was parked back, as it was."""
+        grown = self._held_pages(s.parked_tokens, 0)
+        if grown + need > self._obtainable():
+            return None
+        self._reclaim(need + grown)
+        self.pages.free -= grown
+        s.pages = grown
+        blocks = -(-s.parked_tokens // self._block)
+        kind = "swap-in" if s.parked_tier == DRAM else "handover"
+        transfer = self.index.parked_transfer(kind, blocks, self._urgency(s))
+        transfer.waiters.append(s)
+        s.pending = 1
+        s.admitted_ps = max(s.admitted_ps, s.arrival_ps)
+        self._load(s, now_ps, f"{s.parked_tokens} tokens come from {TIER_NAMES[s.parked_tier]}")
+        return 0
+
+    def _admit_loading(self, s: Sequence, found: int, fetch: int, need: int, now_ps: int) -> int:
+        """Take room for what lies in lower tiers, and wait for it."""
+        path, s.published_blocks = self.index.match(s.chain, found, now_ps)
+        s.run = path[-1]
+        self.index.hold(s.run)
+        self._reclaim(need + fetch * self._block_pages)
+        if not s.preemptions:
+            s.loaded_tokens = fetch * self._block
+        self._enter(s, found * self._block, now_ps)
+        s.pending = self.index.fetch(path, s, self._urgency(s))
+        self._load(s, now_ps, f"{fetch * self._block} cached tokens come up from a lower tier")
+        return 0
+
+    def _load(self, s: Sequence, now_ps: int, why: str) -> None:
+        s.state = LOADING
+        self.loading[s.id] = s
+        if self.note is not None:
+            self.note(now_ps, s, "loading", why)
+
+    def _enter(self, s: Sequence, cached: int, now_ps: int) -> None:
+        s.cached_tokens = cached
+        if s.admitted_ps < 0:
+            s.admitted_ps = now_ps
+            s.hit_tokens = cached
+        if self.note is not None:
+            self.note(now_ps, s, "admitted", f"{cached} of {s.target_tokens} tokens cached")
+
+    def _worth_having(
+        self, s: Sequence, found: int, device: int, fetch: int, now_ps: int
+    ) -> tuple[int, int]:
+        """(blocks to use, of them to fetch): the cut where reload + recompute takes least."""
+        if self.reload_ps is None:
+            return device, 0
+        block, chunk = self._block, self.limits.chunk_tokens
+        decodes, context = len(self.decoding), self.context_tokens
+
+        def recompute_ps(depth: int) -> int:
+            past = depth * block
+            return self.line.prefill_ps(
+                s.target_tokens - past,
+                past=past,
+                chunk=chunk,
+                decodes=decodes,
+                context_tokens=context,
+            )
+
+        best, best_ps, best_fetch = device, recompute_ps(device), 0
+        bytes_by_tier: dict[int, int] = {}
+        depth = fetched = 0
+        for reached, tier in self.index.residence(s.chain, found):
+            blocks, depth = reached - depth, reached
+            if tier != DEVICE:
+                fetched += blocks
+                bytes_by_tier[tier] = bytes_by_tier.get(tier, 0) + blocks * self.index.block_bytes
+            if depth > device:
+                waits = [self.reload_ps(t, b, now_ps) for t, b in bytes_by_tier.items()]
+                total_ps = max(waits, default=0) + recompute_ps(depth)
+                if total_ps < best_ps:
+                    best, best_ps, best_fetch = depth, total_ps, fetched
+        return best, min(best_fetch, fetch)
+
+    def _charge(self, head: Entry) -> None:
+        """The head enters: its class and its tenant pay, and its output is promised memory."""
+        s = head[3]
+        tokens = s.target_tokens + s.output_max_tokens - s.generated_tokens
+        self.queue.take(head, tokens)
+        if self._fair is not None and not s.preemptions:
+            self._fair.serve(s.tenant, tokens)
+        if self.policy.reserves_output and not s.preemptions:
+            self._promised_pages += self._promise(s)
+
+    def _promise(self, s: Sequence) -> int:
+        grown = int(s.output_max_tokens * self.policy.reserves_output)
+        return self._held_pages(s.prompt_tokens + grown, 0)
+
+    def _unpromise(self, s: Sequence) -> None:
+        if self.policy.reserves_output and s.admitted_ps >= 0:
+            self._promised_pages -= self._promise(s)
+
+    def _keeps_promises(self, s: Sequence) -> bool:
+        """Whether everybody could still grow as admission assumes, were `s` let in."""
+        if not self.policy.reserves_output or not self.running:
+            return True
+        return self._promised_pages + self._promise(s) <= self.pages.total
+
+    def _urgency(self, s: Sequence) -> tuple[int, int]:
+        return (DEMAND, s.due_ps) if s.band <= ON_TIME else (DEMAND, FOREVER_PS)
+
+    def _shareable_blocks(self, s: Sequence) -> int:
+        """Full blocks of the prompt that may come from a cache; a token is left to compute."""
+        return min((s.target_tokens - 1) // self._block, s.prompt_tokens // self._block)
+
+    # --- memory -----------------------------------------------------------------------------
+
+    def _held_pages(self, tokens: int, published: int) -> int:
+        """Pages of a sequence's own, between steps, when `published` blocks are a run's."""
+        written = -(-tokens // self._block)
+        pages = (written - published) * self._block_pages
+        if self._plain or not tokens:
+            return pages
+        for block_pages, kept in self._windows:
+            pages -= max(written - published - kept, 0) * block_pages
+        return pages + self.layout.state_pages
+
+    def _pages_between(self, before: int, after: int) -> int:
+        """Pages taken while tokens `before` to `after` are computed."""
+        block = self._block
+        pages = (-(-after // block) - -(-before // block)) * self._block_pages
+        return pages if before or self._plain else pages + self.layout.state_pages
+
+    def _chunk_pages(self, s: Sequence, tokens: int) -> int:
+        return self._pages_between(s.cached_tokens, s.cached_tokens + tokens)
+
+    def _obtainable(self) -> int:
+        """Pages that are free or could be."""
+        return self.pages.free + self.index.evictable_blocks * self._block_pages
+
+    def _reclaim(self, need: int) -> None:
+        """Free pages by forgetting cached runs. The caller knows that they can be had.
+
+        Without lower tiers this goes in batches, so that horizons stay long.  With them the
+        batch was written back ahead (`_write_back`), and what is short now is dropped.
+        """
+        short = need - self.pages.free
+        if short > 0:
+            blocks = -(-short // self._block_pages)
+            if self._tiered:
+                self.index.evict(DEVICE, blocks, write_back=False)
+            else:
+                self.index.evict(DEVICE, max(blocks, self._batch_evicted))
+            assert need <= self.pages.free, "what was counted as obtainable was not"
+
+    def _write_back(self, need: int) -> None:
+        """Keep a batch of pages free by writing cold runs back before they are needed."""
+        index = self.index
+        if not index.evictable_blocks:
+            return
+        leaving = index.leaving_blocks * self._block_pages
+        short = need + self._low_pages - self.pages.free - leaving
+        if short > 0:
+            blocks = -(-short // self._block_pages)
+            index.evict(DEVICE, max(blocks, self._batch_evicted))
+
+    def _who_gives_way(self, head: Entry) -> Sequence | None:
+        """A background decode that leaves so that the head can enter."""
+        if not self.policy.gives_way or head[0] > ON_TIME:
+            return None
+        willing = [s for s in self.decoding.values() if s.band >= BACKGROUND]
+        return self.policy.victim(willing) if willing else None
+
+    def _next_pages(self, s: Sequence) -> int:
+        """Pages the coming tick would have taken for a decoding sequence."""
+        length = s.cached_tokens + self.tick - s.joined_tick
+        return self._growth_of(s, length) if length % self._block == 0 else 0
+
+    def _preempt(self, s: Sequence, step: Step, now_ps: int, why: str) -> None:
+        """`s` gives its memory back: it returns by recomputing, or by loading what was parked."""
+        self.preemptions += 1
+        s.preemptions += 1
+        cached = 0
+        if s.state == DECODE:
+            self._leave(s)
+            cached = s.cached_tokens
+        else:
+            del self.prefilling[s.id]
+        s.target_tokens = s.prompt_tokens + s.generated_tokens
+        if cached and self.policy.swaps and self._worth_parking(s, now_ps):
+            blocks = -(-cached // self._block)
+            transfer = self.index.park(blocks)
+            if transfer is not None:
+                transfer.waiters.append(s)
+                s.parked_tokens, s.parked_tier = cached, DRAM
+        self._give_back(s)
+        s.cached_tokens = 0
+        if s.band == OWED:
+            late = self.policy.sheds and s.due_ps < now_ps
+            s.band = LATE if late else self.policy.band(s)
+        step.preempted.append(s)
+        self.queue.push(s)
+        if self.note is not None:
+            how = "parked in DRAM" if s.parked_tokens else "to be recomputed"
+            self.note(now_ps, s, "preempted", f"{why}; {cached} tokens {how}")
+
+    def _worth_parking(self, s: Sequence, now_ps: int) -> bool:
+        """Whether moving out and back is cheaper than computing again."""
+        if self.reload_ps is None:
+            return False
+        blocks = -(-s.cached_tokens // self._block)
+        there_and_back = 2 * self.reload_ps(DRAM, blocks * self.index.block_bytes, now_ps)
+        return there_and_back < self.line.prefill_ps(
+            s.cached_tokens,
+            chunk=self.limits.chunk_tokens,
+            decodes=len(self.decoding),
+            context_tokens=self.context_tokens,
+        )
+
+    def _give_back(self, s: Sequence) -> None:
+        """All memory that `s` holds: its own pages, and its hold on shared runs."""
+        self.pages.free += s.pages
+        s.pages = 0
+        if s.run is not None:
+            self.index.release(s.run)
+            s.run = s.owned_run = None
+        s.published_blocks = 0
+
+    # --- the horizon ------------------------------------------------------------------------
+
+    def _horizon(self, step: Step, most: int) -> int:
+        """Repeats for which nothing that is decided here can change."""
+        blocked, waiting = self._blocked, self.queue.waiting
+        if blocked is not None and self._blocked_epoch != self.index.epoch:
+            return 1  # memory moved after the head was refused
+        if waiting and blocked is None and not step.chunks:
+            return 1  # somebody was left out for a reason that may pass
+        if waiting and self.policy.longest_prefix_first_below:
+            return 1
+        repeats = most
+        if step.chunks:
+            repeats = self._chunk_horizon(step, most)
+            if repeats <= 1:
+                return 1
+        if self._saturating:
+            repeats = min(repeats, self._saturating[0][0] - self.tick)
+        return max(self._memory_horizon(step, repeats), 1)
+
+    def _chunk_horizon(self, step: Step, most: int) -> int:
+        """One prompt repeats whole chunks for as long as it stays first and they stay right."""
+        if len(step.chunks) > 1 or (self.queue.waiting and self._room and self._blocked is None):
+            return 1
+        s, tokens = step.chunks[0]
+        repeats = min(most, (s.target_tokens - s.cached_tokens) // tokens)
+        if repeats <= 1 or self._begun()[0] is not s:
+            return 1
+        blocked = self._blocked
+        if blocked is not None and _share_a_prefix(blocked, s):
+            return 1  # what is published here may be what the refused head lacks
+        if self.policy.overtakes and self.queue.waiting and blocked is None:
+            head = self.queue.head()  # admitting may have changed whose turn it is
+            if head is not None and head[:3] < (s.band, s.key, s.id):
+                return 1
+        if tokens < s.target_tokens - s.cached_tokens and tokens < self.limits.chunk_tokens:
+            return min(repeats, self._sized_horizon(step, s, tokens))
+        return repeats
+
+    def _sized_horizon(self, step: Step, s: Sequence, tokens: int) -> int:
+        """How often a chunk that was sized by an ITL target stays the right size."""
+        if not self.policy.adaptive_chunk or not self._itl_targets:
+            return FOREVER_PS
+        if self._sized_for != s.cached_tokens:
+            return 1  # it was sized for another prompt
+        target = min(self._itl_targets)
+        alpha, beta = self.line.line(step.decodes, step.context_tokens, [(s.cached_tokens, tokens)])
+        if alpha <= target:
+            return (target - alpha) // beta + 1 if beta else FOREVER_PS
+        return 1 if tokens > self.limits.chunk_tokens_min else FOREVER_PS
+
+    def _memory_horizon(self, step: Step, repeats: int) -> int:
+        """The most repeats, up to `repeats`, whose growth fits in the free pages."""
+        decodes, free, block = step.decodes, self._free_before_writing_back(), self._block
+        tokens = step.chunks[0][1] if step.chunks else 0
+        if not decodes and not tokens:
+            return repeats
+        weight = self._block_pages
+        # A bound that never walks: every decoder starts a block a cycle, the chunk as it grows.
+        if ((repeats // block + 1) * decodes + repeats * tokens // block + 1) * weight <= free:
+            return repeats
+        cached = step.chunks[0][0].cached_tokens if tokens else 0
+        return self._staircase(repeats, decodes, tokens, cached)
+
+    def _free_before_writing_back(self) -> int:
+        """Pages that may be taken before `_write_back` or `_reclaim` has something to do."""
+        free, index = self.pages.free, self.index
+        if self._tiered and index.evictable_blocks:
+            free = min(free, free + index.leaving_blocks * self._block_pages - self._low_pages)
+        return free
+
+    def _staircase(self, repeats: int, decodes: int, tokens: int, cached: int) -> int:
+        """The same, exactly: growth is periodic in the tick, and the chunk's is a staircase."""
+        block, free, weight = self._block, self._free_before_writing_back(), self._block_pages
+        start = self.tick % block
+        cycle = self._growth[start:] + self._growth[:start] if decodes else [0] * block
+        total = sum(cycle)
+        held = -(-cached // block)
+
+        def need(k: int) -> int:
+            own = (-(-(cached + k * tokens) // block) - held) * weight if tokens else 0
+            return (k // block) * total + sum(cycle[: k % block]) + own
+
+        if need(repeats) <= free:
+            return repeats
+        if not tokens:  # decoders only: whole cycles, then one bisection
+            turns, rest = divmod(free, total)
+            return turns * block + bisect_right(list(accumulate(cycle)), rest)
+        low, high = 1, min(repeats, (free // weight + 1) * block // tokens + 1)
+        while low < high:
+            middle = (low + high + 1) >> 1
+            if need(middle) <= free:
+                low = middle
+            else:
+                high = middle - 1
+        return low
+
+    # --- accounting -------------------------------------------------------------------------
+
+    def complete(
+        self,
+        step: Step,
+        repeats: int,
+        finished: Iterable[Sequence],
+        now_ps: int,
+        *,
+        accepted: dict[int, int] | None = None,
+        handed_over: Iterable[Sequence] = (),
+    ) -> list[Sequence]:
+        """`repeats` of the step were done and ended at `now_ps`.
+
+        `finished` produced their last token; `accepted` are verified drafts by sequence;
+        `handed_over` finished here, and keep their pages until `released`.  Returns the
+        sequences that produced their first token of this stay.
+        """
+        if step.decodes:
+            self._advance(repeats)
+        if accepted:
+            self._accept(accepted)
+        entered = [s for s, tokens in step.chunks if self._chunk_done(s, tokens * repeats, now_ps)]
+        for s in handed_over:
+            self._leave(s)
+            self.held_back[s.id] = s
+            self._finish(s, now_ps)
+        for s in finished:
+            if s.state == DECODE:
+                self._leave(s)
+            self._give_back(s)
+            self._finish(s, now_ps)
+        return entered
+
+    def _finish(self, s: Sequence, now_ps: int) -> None:
+        s.state, s.finish_ps = DONE, now_ps
+        self._unpromise(s)
+        if self.policy.gathers:
+            self._padding = self._padding + 1 if self.decoding else 0
+        if self.note is not None:
+            self.note(now_ps, s, "finished", f"{s.generated_tokens} tokens")
+
+    def _advance(self, repeats: int) -> None:
+        """Every decoding sequence grew by `repeats` tokens."""
+        growth, block = self._growth, self._block
+        at = self.tick % block
+        if repeats == 1:
+            self.pages.free -= growth[at]
+        else:
+            turns, part = divmod(repeats, block)
+            grown = turns * sum(growth) if turns else 0
+            if part:
+                grown += sum(growth[at : at + part])
+                if at + part > block:
+                    grown += sum(growth[: at + part - block])
+            self.pages.free -= grown
+        self.context_tokens += len(self.decoding) * repeats
+        self.tick += repeats
+        while self._saturating and self._saturating[0][0] <= self.tick:
+            _, i, pages = heappop(self._saturating)
+            s = self.decoding.get(i)
+            if s is not None:
+                self._growth[(s.joined_tick - s.cached_tokens) % block] -= pages
+
+    def _accept(self, accepted: dict[int, int]) -> None:
+        """Verified drafts: some sequences grew by more than the tick."""
+        for i, tokens in accepted.items():
+            s = self.decoding.get(i)
+            if s is not None and tokens:
+                self._leave(s)
+                before = s.pages
+                s.cached_tokens += tokens
+                s.generated_tokens += tokens
+                s.pages = self._held_pages(s.cached_tokens, s.published_blocks)
+                self.pages.free -= s.pages - before
+                self._join(s)
+
+    def _chunk_done(self, s: Sequence, tokens: int, now_ps: int) -> bool:
+        """`tokens` prompt tokens of `s` were computed; whether that was the last of them."""
+        before, s.cached_tokens = s.cached_tokens, s.cached_tokens + tokens
+        grown = self._pages_between(before, s.cached_tokens)
+        self.pages.free -= grown
+        s.pages += grown
+        if s.chain is not None:
+            full = min(s.cached_tokens, s.prompt_tokens) // self._block
+            if full > s.published_blocks:
+                self.index.publish(s, full, now_ps)
+        if self._windows:
+            kept = self._held_pages(s.cached_tokens, s.published_blocks)
+            self.pages.free += s.pages - kept
+            s.pages = kept
+        if s.cached_tokens < s.target_tokens:
+            return False
+        del self.prefilling[s.id]
+        s.generated_tokens += 1
+        if s.first_ps < 0:
+            s.first_ps = now_ps
+            if self.note is not None:
+                self.note(now_ps, s, "first token", f"after {s.prompt_tokens} prompt tokens")
+        self._join(s)
+        return True
+
+    def _growth_of(self, s: Sequence, length: int) -> int:
+        """Pages a decoding sequence of `length` takes with its next block."""
+        pages = self._block_pages
+        for block_pages, kept in self._windows:
+            if length >= (s.published_blocks + kept) * self._block:
+                pages -= block_pages
+        return pages
+
+    def _join(self, s: Sequence) -> None:
+        """`s` decodes from the next tick on."""
+        s.state, s.joined_tick = DECODE, self.tick
+        self.decoding[s.id] = s
+        self.context_tokens += s.cached_tokens
+        pages = self._block_pages
+        for block_pages, kept in self._windows:
+            saturated = (s.published_blocks + kept) * self._block
+            if s.cached_tokens >= saturated:
+                pages -= block_pages
+            else:
+                tick = self.tick + saturated - s.cached_tokens
+                heappush(self._saturating, (tick, s.id, block_pages))
+        self._growth[(self.tick - s.cached_tokens) % self._block] += pages
+        if s.itl_ps < FOREVER_PS:
+            self._itl_targets[s.itl_ps] = self._itl_targets.get(s.itl_ps, 0) + 1
+
+    def _leave(self, s: Sequence) -> None:
+        """`s` decodes no more: what ticks did to everybody is now written down for one."""
+        ran = self.tick - s.joined_tick
+        length = s.cached_tokens + ran
+        self._growth[(s.joined_tick - s.cached_tokens) % self._block] -= self._growth_of(s, length)
+        if self._windows:
+            self._saturating = sorted(e for e in self._saturating if e[1] != s.id)
+        s.cached_tokens = length
+        s.generated_tokens += ran
+        s.pages = self._held_pages(length, s.published_blocks)
+        self.context_tokens -= length
+        del self.decoding[s.id]
+        if s.itl_ps < FOREVER_PS:
+            left = self._itl_targets[s.itl_ps] - 1
+            if left:
+                self._itl_targets[s.itl_ps] = left
+            else:
+                del self._itl_targets[s.itl_ps]
+
+    # --- checking ---------------------------------------------------------------------------
+
+    def check(self) -> None:
+        """Assert what must hold between calls: INV-SCHED-5 and -7, and those of the index."""
+        held = sum(
+            s.pages
+            for group in (self.prefilling, self.loading, self.held_back)
+            for s in group.values()
+        )
+        context = 0
+        for s in self.decoding.values():
+            length = s.cached_tokens + self.tick - s.joined_tick
+            held += self._held_pages(length, s.published_blocks)
+            context += length
+        runs = self.index.device_blocks + self.index.leaving_blocks
+        runs += sum(r.blocks for r in self.index.heads.values() if r.arriving is not None)
+        total = self.pages.free + held + runs * self._block_pages
+        assert total == self.pages.total, (total, self.pages.total, held, runs)
+        assert self.pages.free >= 0
+        assert self.context_tokens == context
+        waiting = self.queue.everybody()
+        parked = sum(
+            -(-s.parked_tokens // self._block)
+            for s in [*waiting, *self.loading.values(), *self.held_back.values()]
+            if s.parked_tier == DRAM
+        )
+        self.index.check(parked)
+        self.queue.check()
+        ids = [s.id for s in waiting]
+        ids += [*self.loading, *self.prefilling, *self.decoding]
+        assert len(ids) == len(set(ids)), "INV-SCHED-7"
+
+
+def _share_a_prefix(a: Sequence, b: Sequence) -> bool:
+    return bool(a.chain and b.chain) and a.chain[0] == b.chain[0]

@@ -1,0 +1,39 @@
+"""Who steps back when not everybody can be on time.
+
+Take the prompts in order of their deadlines.  Whenever one would be late, the longest so far
+steps back: Moore and Hodgson's rule (1968), which keeps the most jobs on time that one
+server can.  Without it, every deadline order falls like dominoes at overload: each late
+prompt makes the next one late, and the earliest deadline first is the worst of all.
+"""
+
+from collections.abc import Iterable
+from heapq import heappop, heappush
+
+from tierline.perf.line import StepLine
+from tierline.scheduling.sequence import Sequence
+
+
+def too_late(
+    jobs: Iterable[Sequence],
+    line: StepLine,
+    *,
+    now_ps: int,
+    chunk: int,
+    decodes: int,
+    context_tokens: int,
+) -> list[Sequence]:
+    """The fewest of `jobs` that must step back so that all others can have their first token by
+    their deadline, at the prompt rate that `chunk` tokens a step beside the decodes allow."""
+    rate = line.prefill_rate(chunk=chunk, decodes=decodes, context_tokens=context_tokens)
+    end_ps = now_ps
+    kept: list[tuple[int, int, Sequence]] = []
+    late: list[Sequence] = []
+    for job in sorted(jobs, key=lambda s: (s.due_ps, s.id)):
+        work_ps = rate(job.target_tokens - job.cached_tokens, job.cached_tokens)
+        end_ps += work_ps
+        heappush(kept, (-work_ps, job.id, job))
+        if end_ps > job.due_ps:
+            negative, _, longest = heappop(kept)
+            end_ps += negative
+            late.append(longest)
+    return late

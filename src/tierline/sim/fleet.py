@@ -1,0 +1,165 @@
+"""Replicas under one clock: the event loop of a simulation.
+
+Events leave in the order of (time, rank, replica, serial): at one instant bytes land
+first, then steps end, then the operator acts (faults, scaling), then requests arrive, and
+only then do idle replicas decide.  An event at the instant at which a step would begin is
+seen first; a step that began earlier is not undone.
+
+Nothing here decides how to serve: routing, scaling and schedulers do.
+
+Invariants
+    INV-SIM-1  every request that was accepted ends in exactly one outcome
+    INV-SIM-2  a run is a function of its inputs and its seed
+"""
+
+import random
+from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Sequence as Seq
+from heapq import heappop, heappush
+from itertools import count
+from typing import Any, Protocol
+
+from tierline.base.clock import FOREVER_PS
+from tierline.base.errors import DoesNotFitError
+from tierline.base.rng import stream_seed
+from tierline.scheduling.sequence import Sequence
+from tierline.sim.record import FINISHED, REFUSED, Requests, Steps
+from tierline.sim.replica import CONTROL, LINK_DONE, Replica
+
+Event = tuple[int, int, int, int, Any]  # (time, rank, replica, serial or version, payload)
+Route = Callable[[Seq[Replica], Sequence], Replica]
+Action = Callable[..., None]
+
+
+class Pools(Protocol):
+    """Who computes prompts in one place and decodes in another (`sim.pools`)."""
+
+    def hands_over(self, replica: Replica, sequence: Sequence) -> bool:
+        """Whether a computed prompt is decoded elsewhere."""
+        ...
+
+    def handed_over(self, replica: Replica, sequence: Sequence, now_ps: int) -> None:
+        """It was computed here, and its cache leaves now."""
+        ...
+
+
+class Fleet:
+    """All replicas, the requests still to come, and what is due when."""
+
+    def __init__(
+        self,
+        replicas: Iterable[Replica],
+        *,
+        arrivals: Iterator[Sequence],
+        outputs: Seq[int],
+        requests: Requests,
+        route: Route,
+        seed: int = 0,
+        repeats_max: int = FOREVER_PS,
+        steps: Steps | None = None,
+    ) -> None:
+        """`arrivals` come in order of time; `outputs` and `requests` are by sequence id."""
+        self.replicas: list[Replica] = []
+        self.outputs, self.requests, self.route = outputs, requests, route
+        self.repeats_max, self.steps = repeats_max, steps
+        self.rng = random.Random(stream_seed(seed, "fleet"))
+        self.now_ps = 0
+        self.pools: Pools | None = None
+        self.on_end: Callable[[Replica, Sequence, int], None] | None = None
+        self.progress: Callable[[int], None] | None = None
+        self._arrivals = arrivals
+        self._heap: list[Event] = []
+        self._awake: dict[int, Replica] = {}
+        self._serial = count()
+        for replica in replicas:
+            self.join(replica)
+
+    def join(self, replica: Replica) -> None:
+        """A replica takes part from now on."""
+        assert replica.number == len(self.replicas)
+        replica.fleet = self
+        self.replicas.append(replica)
+
+    # --- what replicas and operators call ---------------------------------------------------
+
+    def push(self, event: Event) -> None:
+        """Put an event of a replica on the heap."""
+        heappush(self._heap, event)
+
+    def later(self, at_ps: int, action: Action, *arguments: Any) -> None:
+        """Call `action(now_ps, *arguments)` at an instant."""
+        serial = next(self._serial)
+        heappush(self._heap, (at_ps, CONTROL, -1, serial, (action, arguments)))
+
+    def wake(self, replica: Replica) -> None:
+        """The replica should decide at the end of this instant."""
+        self._awake[replica.number] = replica
+
+    def finished(self, replica: Replica, s: Sequence, now_ps: int) -> None:
+        """A request has its last token: write it down."""
+        r, i = self.requests, s.id
+        r.admitted_ps[i] = s.admitted_ps
+        r.first_ps[i] = s.first_ps + replica.host_ps
+        r.finish_ps[i] = now_ps + replica.host_ps
+        r.output_tokens[i] = s.generated_tokens
+        r.cached_tokens[i] = s.hit_tokens
+        r.loaded_tokens[i] = s.loaded_tokens
+        r.preemptions[i] = s.preemptions
+        r.itl_max_ps[i] = replica.longest_gap_ps(s) if s.generated_tokens > 1 else 0
+        r.replica[i] = replica.number
+        assert r.outcome[i] != FINISHED, f"request {i} finished twice"
+        r.outcome[i] = FINISHED
+        if self.on_end is not None:
+            self.on_end(replica, s, now_ps)
+
+    # --- the loop ---------------------------------------------------------------------------
+
+    def run(self, until_ps: int = FOREVER_PS) -> int:
+        """Until nothing is left to happen, or an instant; returns the last instant."""
+        heap, replicas, awake = self._heap, self.replicas, self._awake
+        coming = next(self._arrivals, None)
+        arrival_ps = coming.arrival_ps if coming is not None else FOREVER_PS
+        arrived = 0
+        while True:
+            if heap and heap[0][0] <= arrival_ps:
+                if heap[0][0] > until_ps:
+                    return self.now_ps
+                now_ps, rank, number, version, payload = heappop(heap)
+                self.now_ps = now_ps
+                if rank == CONTROL:
+                    payload[0](now_ps, *payload[1])
+                elif rank == LINK_DONE:
+                    replicas[number].link_done(payload, version, now_ps)
+                elif replicas[number].step_done(version, now_ps):
+                    awake[number] = replicas[number]
+            elif coming is not None and arrival_ps <= until_ps:
+                self.now_ps = now_ps = arrival_ps
+                self.arrive(coming)
+                arrived += 1
+                if self.progress is not None and not arrived & 1023:
+                    self.progress(1024)
+                coming = next(self._arrivals, None)
+                arrival_ps = coming.arrival_ps if coming is not None else FOREVER_PS
+            else:
+                return self.now_ps
+            if awake and arrival_ps > now_ps and not (heap and heap[0][0] <= now_ps):
+                self._decide(now_ps)
+
+    def _decide(self, now_ps: int) -> None:
+        awake = self._awake
+        waking = list(awake.values()) if len(awake) == 1 else [awake[n] for n in sorted(awake)]
+        awake.clear()
+        for replica in waking:
+            if replica.step is None and replica.alive:
+                replica.ask(now_ps)
+
+    def arrive(self, sequence: Sequence) -> None:
+        """Send a request to a replica; one that fits nowhere is refused."""
+        replicas = self.replicas
+        replica = replicas[0] if len(replicas) == 1 else self.route(replicas, sequence)
+        try:
+            replica.scheduler.require_fit(sequence)
+        except DoesNotFitError:
+            self.requests.outcome[sequence.id] = REFUSED
+            return
+        replica.arrive(sequence, self.now_ps)

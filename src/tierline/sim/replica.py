@@ -1,0 +1,413 @@
+"""The virtual executor: one instance that prices steps instead of computing them.
+
+It asks the scheduler for a step, and for as many repeats of it as nothing outside can
+disturb; it knows output lengths, so it bounds repeats by the next last token.  Whatever
+happens meanwhile (an arrival, a landing, a fault) may *cut* the step: nothing was accounted
+yet, so the repeats that began before the event are completed and the rest never happened.
+
+A replica owns its links.  Transfers move while steps run; only what must leave the device
+before a step ("swap-out") stalls it.
+"""
+
+import random
+from bisect import bisect_left
+from collections.abc import Mapping
+from heapq import heappop, heappush
+from typing import TYPE_CHECKING
+
+from tierline.base.clock import FOREVER_PS
+from tierline.kv.link import Link
+from tierline.kv.transfer import DEMAND, DEVICE, Transfer
+from tierline.perf.line import StepLine, steps_before
+from tierline.scheduling.scheduler import Scheduler
+from tierline.scheduling.sequence import Sequence
+from tierline.scheduling.step import Step
+from tierline.sim.record import ReplicaTotals
+
+if TYPE_CHECKING:
+    from tierline.sim.fleet import Fleet
+
+LINK_DONE, STEP_DONE, CONTROL = range(3)  # who goes first at one instant; arrivals come after
+
+
+class Speculation:
+    """Drafts in a simulation: how many are verified at once, at what price and with what luck."""
+
+    __slots__ = ("acceptance", "draft_ps", "rng")
+
+    def __init__(self, *, acceptance: float, draft_ps: int, seed: int) -> None:
+        self.acceptance = acceptance  # of one drafted token, given that those before it were
+        self.draft_ps = draft_ps  # time to draft for one step
+        self.rng = random.Random(seed)
+
+    def accepted(self, most: int) -> int:
+        """Verified drafts of one sequence in one step."""
+        count = 0
+        while count < most and self.rng.random() < self.acceptance:
+            count += 1
+        return count
+
+
+class Replica:
+    """One instance in a fleet."""
+
+    def __init__(
+        self,
+        number: int,
+        scheduler: Scheduler,
+        line: StepLine,
+        *,
+        links: Mapping[tuple[int, int], Link],
+        totals: ReplicaTotals,
+        host_ps: int = 0,
+        wait_steps: float = 0.0,
+        speculation: Speculation | None = None,
+    ) -> None:
+        """`links` carry from tier to tier; `host_ps` is added to first tokens, and a request is
+        seen after up to `wait_steps` steps: how other engines spend time outside a step."""
+        self.number, self.scheduler, self.line = number, scheduler, line
+        self.links, self.totals = dict(links), totals
+        self.host_ps, self.wait_steps, self.speculation = host_ps, wait_steps, speculation
+        self.fleet: Fleet
+        self.accepting = True
+        self.alive = True
+        self.requests_outstanding = 0
+        self.prompt_tokens_queued = 0
+        self.step: Step | None = None
+        self.repeats = 0
+        self._start_ps = self._end_ps = self._alpha = self._beta = 0
+        self._version = 0
+        self._link_versions = dict.fromkeys(self.links, 0)
+        self._stops: list[tuple[int, int]] = []  # (tick of the last token, sequence)
+        self._stop_of: dict[int, int] = {}
+        self._gaps: list[tuple[int, int]] = []  # (tick, gap), falling: worst gap since a tick
+        self._gap_ps = 0  # time since the last tick in steps that advanced no decode
+        self._paused: dict[int, int] = {}  # preempted after tokens: instant of the last one
+        self._worst: dict[int, int] = {}  # their longest gap so far
+        self.sequences: dict[int, Sequence] = {}  # everybody who is here
+        self._slow = 1.0
+
+    # --- what routers ask -------------------------------------------------------------------
+
+    @property
+    def speed(self) -> float:
+        """Relative speed, by the price of a full prompt chunk."""
+        return 1e9 / self.line.line(0, 0, [(0, self.scheduler.limits.chunk_tokens)])[0]
+
+    def cached_tokens(self, sequence: Sequence) -> int:
+        """Tokens of the prompt's prefix that are in this replica's KV, whatever the tier."""
+        if sequence.chain is None:
+            return 0
+        scheduler = self.scheduler
+        limit = sequence.prompt_tokens // scheduler.layout.block_tokens
+        found = scheduler.index.peek(sequence.chain, limit)[0]
+        step = self.step
+        if step is not None and self.repeats > 1 and step.chunks:
+            found = self._published_meanwhile(sequence, found, limit, step)
+        return found * scheduler.layout.block_tokens
+
+    def _published_meanwhile(self, sequence: Sequence, found: int, limit: int, step: Step) -> int:
+        """Repeats under way have published blocks that the index does not know yet.
+
+        Without this a router would see another cache with repeats than without.
+        """
+        owner, tokens = step.chunks[0]
+        chain = owner.chain
+        if chain is None or owner.published_blocks != found:
+            return found
+        begun = steps_before(
+            self._alpha, self._beta, self.fleet.now_ps - self._start_ps, self.repeats
+        )
+        done = begun - 1  # the last one begun has not ended
+        upto = min(owner.cached_tokens + done * tokens, owner.prompt_tokens)
+        upto = min(upto // self.scheduler.layout.block_tokens, limit)
+        while found < upto and chain[found] == sequence.chain[found]:
+            found += 1
+        return found
+
+    def has_adapter(self, name: str) -> bool:
+        """Whether the adapter is on the device."""
+        return not name
+
+    def predicted_ttft_ps(self, sequence: Sequence) -> int:
+        """Time to a first token if it came here now: work queued before it, and its own."""
+        scheduler = self.scheduler
+        rate = self.line.prefill_rate(
+            chunk=max(scheduler.limits.chunk_tokens // 2, 1),
+            decodes=len(scheduler.decoding),
+            context_tokens=scheduler.context_tokens,
+        )
+        cached = self.cached_tokens(sequence)
+        own = rate(max(sequence.prompt_tokens - cached, 1), cached)
+        return own + (rate(self.prompt_tokens_queued, 0) if self.prompt_tokens_queued else 0)
+
+    # --- what happens to it -----------------------------------------------------------------
+
+    def arrive(self, sequence: Sequence, now_ps: int) -> None:
+        """A request was routed here."""
+        self.requests_outstanding += 1
+        self.prompt_tokens_queued += sequence.prompt_tokens
+        self.sequences[sequence.id] = sequence
+        if self.wait_steps and self.step is not None:
+            gap = self._alpha + (self._begun(now_ps) - 1) * self._beta
+            delay = int(self.fleet.rng.random() * self.wait_steps * gap)
+            self.fleet.later(now_ps + delay, self._noticed, sequence)
+        else:
+            self._noticed(now_ps, sequence)
+
+    def _noticed(self, now_ps: int, sequence: Sequence) -> None:
+        if not self.alive or sequence.id not in self.sequences:
+            return
+        if self.scheduler.add(sequence):
+            self.cut(now_ps)
+        elif self.step is None:
+            self.fleet.wake(self)
+
+    def cut(self, now_ps: int) -> None:
+        """Something happened: repeats that would begin now or later are not done."""
+        if self.step is None:
+            self.fleet.wake(self)
+        elif self.repeats > 1:
+            begun = self._begun(now_ps)
+            if begun < self.repeats:
+                self._plan(begun)
+
+    def _begun(self, now_ps: int) -> int:
+        return steps_before(self._alpha, self._beta, now_ps - self._start_ps, self.repeats)
+
+    def set_slow(self, factor: float, now_ps: int, line: StepLine) -> None:
+        """From the next step on, steps take `factor` times as long; `line` prices them so."""
+        self.cut(now_ps)
+        self._slow, self.line, self.scheduler.line = factor, line, line
+
+    # --- steps ------------------------------------------------------------------------------
+
+    def ask(self, now_ps: int) -> None:
+        """Begin the next step, if there is anything to do."""
+        scheduler = self.scheduler
+        most = self.fleet.repeats_max
+        if most > 1:  # nobody stops before this tick
+            stops, stop_of = self._stops, self._stop_of
+            while stops and stop_of.get(stops[0][1]) != stops[0][0]:
+                heappop(stops)
+            if stops and stops[0][0] - scheduler.tick < most:
+                most = stops[0][0] - scheduler.tick
+        step = scheduler.next_step(now_ps, most)
+        if step.preempted:
+            self._pause(step.preempted, now_ps)
+        stall_ps = 0
+        if step.transfers or step.hastened:
+            stall_ps = self._carry(step.transfers, now_ps)
+            self._hasten(step, now_ps)
+        chunks = step.chunks
+        if not step.decodes and not chunks:
+            self.step = None
+            return
+        prompts = [(s.cached_tokens, tokens) for s, tokens in chunks] if chunks else ()
+        line = self.line
+        if step.draft_tokens or step.padding:
+            alpha, beta = line.line(
+                step.decodes,
+                step.context_tokens,
+                prompts,
+                draft_tokens=step.draft_tokens,
+                padding=step.padding,
+            )
+            if self.speculation is not None:
+                alpha += self.speculation.draft_ps
+        else:
+            alpha, beta = line.line(step.decodes, step.context_tokens, prompts)
+        repeats = step.repeats
+        if repeats > 1 and line.bends:
+            repeats = min(repeats, line.linear_steps(step.decodes, step.context_tokens, prompts))
+        self.step, self._start_ps, self._alpha, self._beta = step, now_ps + stall_ps, alpha, beta
+        self._gap_ps += stall_ps
+        self._plan(repeats)
+
+    def _plan(self, repeats: int) -> None:
+        self.repeats = repeats
+        self._end_ps = (
+            self._start_ps + repeats * self._alpha + self._beta * (repeats * (repeats - 1) // 2)
+        )
+        self._version += 1
+        self.fleet.push((self._end_ps, STEP_DONE, self.number, self._version, None))
+
+    def step_done(self, version: int, now_ps: int) -> bool:
+        """The step under way has ended, unless it was cut since; whether it has."""
+        step = self.step
+        if version != self._version or step is None:
+            return False
+        repeats, scheduler, stop_of = self.repeats, self.scheduler, self._stop_of
+        finished: list[Sequence] = []
+        accepted: dict[int, int] | None = None
+        tick = step.tick
+        if step.decodes:
+            tick += repeats
+            self._note_gap(tick, repeats)
+            if step.draft_tokens:
+                accepted = self._verify(step, tick)
+            stops, decoding = self._stops, step.decoding
+            while stops and stops[0][0] <= tick:
+                at, i = heappop(stops)
+                if stop_of.get(i) == at:
+                    del stop_of[i]
+                    finished.append(decoding[i])
+        else:
+            self._gap_ps += now_ps - self._start_ps
+        outputs, pools = self.fleet.outputs, self.fleet.pools
+        handed: list[Sequence] = []
+        for s, tokens in step.chunks:
+            if s.cached_tokens + tokens * repeats == s.target_tokens:
+                if s.generated_tokens + 1 >= outputs[s.id]:
+                    finished.append(s)
+                elif pools is not None and pools.hands_over(self, s):
+                    handed.append(s)
+        if self.fleet.steps is not None:
+            self._write_down(step, repeats, now_ps)
+        self.step = None
+        entered = scheduler.complete(
+            step, repeats, finished, now_ps, accepted=accepted, handed_over=handed
+        )
+        for s in entered:
+            self._entered(s, outputs[s.id] - s.generated_tokens, tick, now_ps)
+        self._count(step, repeats, now_ps)
+        for s in handed:
+            self._leave(s)
+            assert pools is not None
+            pools.handed_over(self, s, now_ps)
+        for s in finished:
+            self._leave(s)
+            self.fleet.finished(self, s, now_ps)
+        return True
+
+    def _entered(self, s: Sequence, left: int, tick: int, now_ps: int) -> None:
+        """A prompt is computed: its stream goes on until its last token."""
+        if s.preemptions and s.id in self._paused:
+            gap = now_ps - self._paused.pop(s.id)
+            self._worst[s.id] = max(self._worst.get(s.id, 0), gap)
+        else:
+            self.prompt_tokens_queued -= s.prompt_tokens
+        if left > 0 and s.id in self.scheduler.decoding:
+            self._stop_of[s.id] = tick + left
+            heappush(self._stops, (tick + left, s.id))
+
+    def _count(self, step: Step, repeats: int, now_ps: int) -> None:
+        totals = self.totals
+        totals.events += 1
+        totals.steps += repeats
+        totals.busy_ps += now_ps - self._start_ps
+        if step.chunks:
+            totals.prefill_tokens += repeats * step.prefill_tokens
+        totals.decode_tokens += repeats * step.decodes
+
+    def _note_gap(self, tick: int, repeats: int) -> None:
+        """Keep, for every tick, the longest gap since: a stack that only falls."""
+        worst = max(self._gap_ps + self._alpha, self._alpha + (repeats - 1) * self._beta)
+        self._gap_ps = 0
+        gaps = self._gaps
+        while gaps and gaps[-1][1] <= worst:
+            gaps.pop()
+        gaps.append((tick, worst))
+
+    def longest_gap_ps(self, s: Sequence) -> int:
+        """The longest time between two tokens of `s`."""
+        at = bisect_left(self._gaps, (s.joined_tick + 1,))
+        streaming = self._gaps[at][1] if at < len(self._gaps) else 0
+        return max(streaming, self._worst.pop(s.id, 0))
+
+    def _pause(self, preempted: list[Sequence], now_ps: int) -> None:
+        for s in preempted:
+            self._stop_of.pop(s.id, None)
+            if s.generated_tokens:
+                self._paused.setdefault(s.id, now_ps)
+                at = bisect_left(self._gaps, (s.joined_tick + 1,))
+                if at < len(self._gaps):
+                    self._worst[s.id] = max(self._worst.get(s.id, 0), self._gaps[at][1])
+
+    def _verify(self, step: Step, tick: int) -> dict[int, int]:
+        """Drafts that turn out right; nobody gets more than it has left to say."""
+        assert self.speculation is not None
+        accepted: dict[int, int] = {}
+        for i in step.decoding:
+            left = self._stop_of[i] - tick
+            count = self.speculation.accepted(min(step.draft_tokens, left))
+            if count:
+                accepted[i] = count
+                self._stop_of[i] -= count
+                heappush(self._stops, (self._stop_of[i], i))
+        return accepted
+
+    def _leave(self, s: Sequence) -> None:
+        self.requests_outstanding -= 1
+        self.sequences.pop(s.id, None)
+
+    def _write_down(self, step: Step, repeats: int, now_ps: int) -> None:
+        steps, scheduler = self.fleet.steps, self.scheduler
+        assert steps is not None
+        steps.start_ps.append(self._start_ps)
+        steps.end_ps.append(now_ps)
+        steps.replica.append(self.number)
+        steps.repeats.append(repeats)
+        steps.decodes.append(step.decodes)
+        steps.prefill_tokens.append(step.prefill_tokens)
+        steps.context_tokens.append(step.context_tokens)
+        steps.waiting.append(scheduler.queue.waiting)
+        steps.preempted.append(len(step.preempted))
+        steps.pages_used.append(scheduler.pages.total - scheduler.pages.free)
+        for column, tier in zip(steps.stored_blocks, scheduler.index.tiers[1:], strict=True):
+            column.append(tier.stored_blocks)
+
+    # --- moving -----------------------------------------------------------------------------
+
+    def reload_ps(self, tier: int, size_bytes: int, now_ps: int) -> int:
+        """How long bytes of a tier would take to the device, at the link's present load."""
+        link = self.links[(tier, DEVICE)]
+        link.catch_up(now_ps)
+        return link.backlog_ps((DEMAND, FOREVER_PS)) + link.duration_ps(size_bytes)
+
+    def _carry(self, transfers: list[Transfer], now_ps: int) -> int:
+        """Start transfers; returns for how long the step must wait for them."""
+        stall_ps = 0
+        moved = self.totals.moved_bytes
+        for transfer in transfers:
+            moved[transfer.kind] = moved.get(transfer.kind, 0) + transfer.bytes
+            link = self.links[(transfer.source, transfer.target)]
+            if transfer.kind == "swap-out":
+                stall_ps += link.duration_ps(transfer.bytes)
+                transfer.state = "done"
+                continue
+            link.submit(transfer, now_ps)
+            self._expect((transfer.source, transfer.target), now_ps)
+        return stall_ps
+
+    def _hasten(self, step: Step, now_ps: int) -> None:
+        for transfer, urgency in step.hastened:
+            if transfer.state in ("queued", "moving"):
+                way = (transfer.source, transfer.target)
+                self.links[way].hasten(transfer, urgency, now_ps)
+                self._expect(way, now_ps)
+
+    def _expect(self, way: tuple[int, int], now_ps: int) -> None:
+        """An event when the link's next transfer ends."""
+        version = self._link_versions[way] = self._link_versions[way] + 1
+        end_ps = self.links[way].next_done_ps()
+        if end_ps < FOREVER_PS:
+            self.fleet.push((max(end_ps, now_ps), LINK_DONE, self.number, version, way))
+
+    def link_done(self, way: tuple[int, int], version: int, now_ps: int) -> None:
+        """A transfer may have landed."""
+        if version != self._link_versions.get(way):
+            return
+        for transfer in self.links[way].advance(now_ps):
+            self._landed(transfer, now_ps)
+        self._expect(way, now_ps)
+        index = self.scheduler.index
+        if index.outbox:  # decided by the landing: starts now, not with the next step
+            moves, index.outbox = index.outbox, []
+            self._carry(moves, now_ps)
+
+    def _landed(self, transfer: Transfer, now_ps: int) -> None:
+        if self.scheduler.landed(transfer):
+            self.cut(now_ps)
+        elif self.step is None:
+            self.fleet.wake(self)
