@@ -1,4 +1,4 @@
-"""A browser shows the report without network, errors, sideways scrolling or barriers."""
+"""A browser shows the pages without network, errors, sideways scrolling or barriers."""
 
 import os
 import shutil
@@ -10,6 +10,7 @@ from typing import Any, NoReturn
 import pytest
 
 from plans import small_plan
+from runs import sim_page_of
 from tierline.planner.report import render_report
 
 pytestmark = pytest.mark.slow
@@ -74,6 +75,18 @@ def report(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
     return path
 
 
+@pytest.fixture(scope="module", params=["report", "report of no reuse", "simulation"])
+def any_page(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Every kind of page; what holds for one must hold for all."""
+    if request.param == "simulation":
+        text = sim_page_of()
+    else:
+        text = render_report(small_plan(reuse=request.param == "report"))
+    path = tmp_path_factory.mktemp("page") / "page.html"
+    path.write_text(text, encoding="utf-8")
+    return path
+
+
 def opened(browser: Any, report: Path, *, width: int = 1280, scheme: str = "light") -> Any:
     """A page with every part unfolded, and what it asked for and complained of."""
     page = browser.new_context(
@@ -96,18 +109,18 @@ def sideways(page: Any) -> int:
 
 
 @pytest.mark.parametrize("width", WIDTHS)
-def test_page_asks_for_nothing_complains_of_nothing_and_fits(browser, report, width):
-    page = opened(browser, report, width=width)
+def test_page_asks_for_nothing_complains_of_nothing_and_fits(browser, any_page, width):
+    page = opened(browser, any_page, width=width)
 
-    assert page.asked == [report.as_uri()]
+    assert page.asked == [any_page.as_uri()]
     assert page.said == []
     assert sideways(page) <= 0
 
 
-def test_the_checks_see_a_request_an_error_and_a_wide_page(browser, report, tmp_path):
+def test_the_checks_see_a_request_an_error_and_a_wide_page(browser, any_page, tmp_path):
     broken = tmp_path / "broken.html"
     extra = '<script src="missing.js"></script><div style="width:3000px">x</div>'
-    broken.write_text(report.read_text(encoding="utf-8").replace("</main>", f"{extra}</main>"))
+    broken.write_text(any_page.read_text(encoding="utf-8").replace("</main>", f"{extra}</main>"))
     page = opened(browser, broken)
 
     assert len(page.asked) == 2
@@ -117,8 +130,8 @@ def test_the_checks_see_a_request_an_error_and_a_wide_page(browser, report, tmp_
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 @pytest.mark.parametrize("width", [360, 1280])
-def test_axe_finds_no_barrier(browser, report, axe, scheme, width):
-    page = opened(browser, report, width=width, scheme=scheme)
+def test_axe_finds_no_barrier(browser, any_page, axe, scheme, width):
+    page = opened(browser, any_page, width=width, scheme=scheme)
     page.evaluate(axe)
     found = page.evaluate("axe.run(document, {resultTypes: ['violations']})")
     barriers = [(v["id"], [n["html"][:120] for n in v["nodes"]][:3]) for v in found["violations"]]
@@ -126,8 +139,8 @@ def test_axe_finds_no_barrier(browser, report, axe, scheme, width):
     assert barriers == []
 
 
-def test_axe_would_see_faint_words(browser, report, axe):
-    page = opened(browser, report)
+def test_axe_would_see_faint_words(browser, any_page, axe):
+    page = opened(browser, any_page)
     page.add_style_tag(content="p { color: #bbb !important }")
     page.evaluate(axe)
     found = page.evaluate("axe.run(document, {resultTypes: ['violations']})")
@@ -135,7 +148,7 @@ def test_axe_would_see_faint_words(browser, report, axe):
     assert "color-contrast" in [v["id"] for v in found["violations"]]
 
 
-def test_words_in_pictures_do_not_cover_each_other(browser, report):
+def test_words_in_pictures_do_not_cover_each_other(browser, any_page):
     """Boxes of the labels of one picture, shrunk by two pixels, keep apart."""
     covered = """() => [...document.querySelectorAll('figure')].flatMap(figure => {
         const boxes = [...figure.querySelectorAll('svg[role=img] text')].map(t =>
@@ -146,7 +159,7 @@ def test_words_in_pictures_do_not_cover_each_other(browser, report):
         ).map(([b]) => figure.id + ': ' + a + ' / ' + b));
     })"""
     for width in WIDTHS:
-        page = opened(browser, report, width=width)
+        page = opened(browser, any_page, width=width)
 
         assert page.evaluate(covered) == []
 

@@ -25,7 +25,7 @@ def render(summary: Summary) -> str:
         ["Latency", *_table([_LATENCY_HEAD, *_latencies(summary.all)])],
         ["Classes", *_groups(summary.levels)],
         ["Promises", *_promises(summary)],
-        ["Tenants", *_groups(summary.tenants)] if len(summary.tenants) > 1 else [],
+        ["Tenants", *_groups(summary.tenants)] if summary.fairness.tenants > 1 else [],
         ["Fleet", *_fleet(summary)],
     ]
     return "\n\n".join("\n".join(lines) for lines in sections if lines) + "\n"
