@@ -11,7 +11,6 @@ from test_report import HOSTILE, Page
 from tierline.base.clock import PS_PER_S
 from tierline.planner.sim_figures import (
     BINS,
-    beside,
     latency_figures,
     life_figure,
     mean_over_time,
@@ -21,6 +20,7 @@ from tierline.planner.sim_figures import (
 )
 from tierline.planner.sim_page import render_sim_page
 from tierline.sim.compare import good_difference
+from tierline.sim.life import beside
 from tierline.sim.measure import summary
 from tierline.sim.record import REFUSED, Run
 

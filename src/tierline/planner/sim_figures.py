@@ -23,7 +23,7 @@ from tierline.planner.sim_pictures import (
     over_time,
 )
 from tierline.sim.columns import Column, column
-from tierline.sim.life import KINDS, life
+from tierline.sim.life import KINDS, beside, life
 from tierline.sim.measure import nearest_rank, promised_ps, promises
 from tierline.sim.record import UNFINISHED, Run
 
@@ -367,23 +367,4 @@ def _drawn(run: Run, request: int, words: str) -> Bar:
         stretches=[
             (s.kind, s.start_ps / PS_PER_S, s.end_ps / PS_PER_S) for s in life(run, request)
         ],
-    )
-
-
-def beside(run: Run, request: int) -> list[int]:
-    """Who shared the replica before the first token, the longest together first; then by turn."""
-    import numpy as np
-
-    requests = run.requests
-    first_ps = requests.first_ps[request]
-    until = first_ps if first_ps >= 0 else run.end_ps
-    admitted, finish = column(requests, "admitted_ps"), column(requests, "finish_ps")
-    shared = np.minimum(np.where(finish >= 0, finish, run.end_ps), until) - np.maximum(
-        admitted, requests.arrival_ps[request]
-    )
-    here = (column(requests, "replica") == requests.replica[request]) & (admitted >= 0)
-    here[request] = False
-    order = np.argsort(-np.where(here, shared, -1), kind="stable")[:BESIDE_MAX]
-    return sorted(
-        (int(i) for i in order if here[i] and shared[i] > 0), key=lambda i: (admitted[i], i)
     )

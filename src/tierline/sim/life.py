@@ -10,9 +10,11 @@ its moments cut the life; else its columns do, which know no load and no preempt
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from tierline.sim.columns import column
 from tierline.sim.measure import latencies_ps
 from tierline.sim.record import FINISHED, Moment, Run
 
+BESIDE_MAX = 14
 KINDS = ("queued", "loading", "prefill", "preempted", "decode")
 
 # What a moment turns the life into; what is not listed is told, and turns nothing.
@@ -82,3 +84,21 @@ def slowest(run: Run, count: int, *, latency: str = "e2e") -> list[int]:
     values = latencies_ps(run.requests)[latency]
     order = np.argsort(-values, kind="stable")[:count]
     return [int(i) for i in order if values[i] >= 0]
+
+
+def beside(run: Run, request: int, *, most: int = BESIDE_MAX) -> list[int]:
+    """Who was on its replica before its first token: the longest together, in their turn."""
+    import numpy as np
+
+    requests = run.requests
+    first_ps = requests.first_ps[request]
+    until = first_ps if first_ps >= 0 else run.end_ps
+    admitted, finish = column(requests, "admitted_ps"), column(requests, "finish_ps")
+    shared = np.minimum(np.where(finish >= 0, finish, run.end_ps), until) - np.maximum(
+        admitted, requests.arrival_ps[request]
+    )
+    here = (column(requests, "replica") == requests.replica[request]) & (admitted >= 0)
+    here[request] = False
+    order = np.argsort(-np.where(here, shared, -1), kind="stable")[:most]
+    found = [int(i) for i in order if here[i] and shared[i] > 0]
+    return sorted(found, key=lambda i: (int(admitted[i]), i))

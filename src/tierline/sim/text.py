@@ -22,7 +22,7 @@ def render(summary: Summary) -> str:
     """One run."""
     sections = [
         [headline(summary)],
-        ["Latency", *_table([_LATENCY_HEAD, *_latencies(summary.all)])],
+        ["Latency", *table_lines([_LATENCY_HEAD, *_latencies(summary.all)])],
         ["Classes", *_groups(summary.levels)],
         ["Promises", *_promises(summary)],
         ["Tenants", *_groups(summary.tenants)] if summary.fairness.tenants > 1 else [],
@@ -73,9 +73,9 @@ def compare(summaries: Sequence[Summary]) -> str:
     ]
     names = [group.name for group in summaries[0].levels]
     shares = [(s.policy, *(f"{group.good_share:.1%}" for group in s.levels)) for s in summaries]
-    lines = ["Policies", *_table([head, *rows])]
+    lines = ["Policies", *table_lines([head, *rows])]
     if len(names) > 1:
-        lines += ["", "Good requests by class", *_table([("policy", *names), *shares])]
+        lines += ["", "Good requests by class", *table_lines([("policy", *names), *shares])]
     return "\n".join(lines) + "\n"
 
 
@@ -109,7 +109,7 @@ def _groups(groups: Sequence[Group]) -> list[str]:
         for g in shown[:ROWS_MAX]
     ]
     more = [f"  and {len(shown) - ROWS_MAX} more"] if len(shown) > ROWS_MAX else []
-    return [*_table([head, *rows]), *more]
+    return [*table_lines([head, *rows]), *more]
 
 
 def _promises(summary: Summary) -> list[str]:
@@ -125,7 +125,7 @@ def _promises(summary: Summary) -> list[str]:
         )
         for p in summary.promises
     ]
-    return _table([("", "promise", "", "it is", "requests within"), *rows])
+    return table_lines([("", "promise", "", "it is", "requests within"), *rows])
 
 
 def _fleet(summary: Summary) -> list[str]:
@@ -167,7 +167,7 @@ def _seconds(seconds: float | None) -> str:
     return "–" if seconds is None else format_seconds(seconds)
 
 
-def _table(rows: Sequence[Sequence[str]]) -> list[str]:
+def table_lines(rows: Sequence[Sequence[str]]) -> list[str]:
     """Columns of equal width, words to the left and numbers to the right."""
     widths = [max(len(cell) for cell in cells) for cells in zip(*rows, strict=True)]
     return [
