@@ -60,3 +60,20 @@ class TraceChain:
 
     def __len__(self) -> int:
         return len(self._ids) << self._shift
+
+
+class GroupedChain:
+    """Names of blocks that are larger than the trace's: the last name of each group."""
+
+    __slots__ = ("_group", "_ids", "_salt")
+
+    def __init__(self, ids: Seq[int], *, group: int, salt_number: int = 0) -> None:
+        self._ids = ids
+        self._group = group
+        self._salt = salt_number << 64
+
+    def __getitem__(self, i: int) -> int:
+        return self._ids[(i + 1) * self._group - 1] + self._salt
+
+    def __len__(self) -> int:
+        return len(self._ids) // self._group

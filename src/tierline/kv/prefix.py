@@ -301,13 +301,15 @@ class PrefixIndex:
 
     # --- writing ----------------------------------------------------------------------------
 
-    def publish(self, holder: Holder, upto: int, now_ps: int) -> None:
+    def publish(self, holder: Holder, upto: int, now_ps: int) -> int:
         """Blocks that `holder` has computed up to depth `upto` become runs others can share.
 
         Its private pages become the run's.  Where somebody else published the same blocks
-        first, the duplicate stays private and the holder moves its hold along.
+        first, the duplicate stays private and the holder moves its hold along; returns how
+        many blocks are such duplicates.
         """
-        depth = holder.published_blocks
+        depth = first = holder.published_blocks
+        pages = holder.pages
         while depth < upto:
             run = holder.run
             if run is not None and run.start + run.blocks > depth:
@@ -319,6 +321,7 @@ class PrefixIndex:
                 continue
             depth = self._publish_new(holder, depth, upto, now_ps)
         holder.published_blocks = upto
+        return upto - first - (pages - holder.pages) // self.pages_per_block
 
     def _publish_inside(self, holder: Holder, run: Run, depth: int, upto: int) -> int:
         """The holder stands at a run that reaches deeper than what it has published."""

@@ -49,6 +49,11 @@ def by_deadline(sequence: Sequence) -> Any:
     return sequence.due_ps
 
 
+def by_cached_prefix(sequence: Sequence) -> Any:
+    """Longest cached prefix first, then arrival; the scheduler fills in what is cached."""
+    return (0, sequence.arrival_ps)
+
+
 # --- bands -----------------------------------------------------------------------------------
 
 

@@ -577,6 +577,10 @@ class Scheduler:
             pages -= max(written - published - kept, 0) * block_pages
         return pages + self.layout.state_pages
 
+    def _own_pages(self, s: Sequence, tokens: int) -> int:
+        """Pages that `s` holds alone at a length of `tokens`."""
+        return self._held_pages(tokens, s.published_blocks) + s.duplicate_pages
+
     def _pages_between(self, before: int, after: int) -> int:
         """Pages taken while tokens `before` to `after` are computed."""
         block = self._block
@@ -672,7 +676,7 @@ class Scheduler:
     def _give_back(self, s: Sequence) -> None:
         """All memory that `s` holds: its own pages, and its hold on shared runs."""
         self.pages.free += s.pages
-        s.pages = 0
+        s.pages = s.duplicate_pages = 0
         if s.run is not None:
             self.index.release(s.run)
             s.run = s.owned_run = None
@@ -848,7 +852,7 @@ class Scheduler:
                 before = s.pages
                 s.cached_tokens += tokens
                 s.generated_tokens += tokens
-                s.pages = self._held_pages(s.cached_tokens, s.published_blocks)
+                s.pages = self._own_pages(s, s.cached_tokens)
                 self.pages.free -= s.pages - before
                 self._join(s)
 
@@ -861,9 +865,10 @@ class Scheduler:
         if s.chain is not None:
             full = min(s.cached_tokens, s.prompt_tokens) // self._block
             if full > s.published_blocks:
-                self.index.publish(s, full, now_ps)
+                duplicates = self.index.publish(s, full, now_ps)
+                s.duplicate_pages += duplicates * self._block_pages
         if self._windows:
-            kept = self._held_pages(s.cached_tokens, s.published_blocks)
+            kept = self._own_pages(s, s.cached_tokens)
             self.pages.free += s.pages - kept
             s.pages = kept
         if s.cached_tokens < s.target_tokens:
@@ -911,7 +916,7 @@ class Scheduler:
             self._saturating = sorted(e for e in self._saturating if e[1] != s.id)
         s.cached_tokens = length
         s.generated_tokens += ran
-        s.pages = self._held_pages(length, s.published_blocks)
+        s.pages = self._own_pages(s, length)
         self.context_tokens -= length
         del self.decoding[s.id]
         if s.itl_ps < FOREVER_PS:
@@ -933,7 +938,7 @@ class Scheduler:
         context = 0
         for s in self.decoding.values():
             length = s.cached_tokens + self.tick - s.joined_tick
-            held += self._held_pages(length, s.published_blocks)
+            held += self._own_pages(s, length)
             context += length
         runs = self.index.device_blocks + self.index.leaving_blocks
         runs += sum(r.blocks for r in self.index.heads.values() if r.arriving is not None)

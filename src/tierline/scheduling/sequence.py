@@ -27,6 +27,7 @@ class Sequence:
         "cached_tokens",
         "chain",
         "due_ps",
+        "duplicate_pages",
         "finish_ps",
         "first_ps",
         "generated_tokens",
@@ -85,6 +86,7 @@ class Sequence:
         self.cached_tokens = 0
         self.generated_tokens = 0
         self.pages = 0  # held by it alone
+        self.duplicate_pages = 0  # of those, blocks that a run has too
         self.run: Any = None  # deepest prefix run it holds
         self.owned_run: Any = None  # the run it is extending
         self.published_blocks = 0

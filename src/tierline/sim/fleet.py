@@ -27,7 +27,8 @@ from tierline.sim.record import FINISHED, REFUSED, Requests, Steps
 from tierline.sim.replica import CONTROL, LINK_DONE, Replica
 
 Event = tuple[int, int, int, int, Any]  # (time, rank, replica, serial or version, payload)
-Route = Callable[[Seq[Replica], Sequence], Replica]
+Route = Callable[[Sequence, int], int | None]  # (request, now) -> replica, None: nobody accepts
+Note = Callable[[int, Sequence, str, str], None]
 Action = Callable[..., None]
 
 
@@ -53,7 +54,7 @@ class Fleet:
         arrivals: Iterator[Sequence],
         outputs: Seq[int],
         requests: Requests,
-        route: Route,
+        route: Route | None = None,
         seed: int = 0,
         repeats_max: int = FOREVER_PS,
         steps: Steps | None = None,
@@ -65,6 +66,8 @@ class Fleet:
         self.rng = random.Random(stream_seed(seed, "fleet"))
         self.now_ps = 0
         self.pools: Pools | None = None
+        self.note: Note | None = None
+        self.homeless: list[Sequence] = []  # nobody accepts requests at the moment
         self.on_end: Callable[[Replica, Sequence, int], None] | None = None
         self.progress: Callable[[int], None] | None = None
         self._arrivals = arrivals
@@ -154,9 +157,17 @@ class Fleet:
                 replica.ask(now_ps)
 
     def arrive(self, sequence: Sequence) -> None:
-        """Send a request to a replica; one that fits nowhere is refused."""
-        replicas = self.replicas
-        replica = replicas[0] if len(replicas) == 1 else self.route(replicas, sequence)
+        """Send a request to a replica; one that fits nowhere is refused.
+
+        While nobody accepts, requests wait here (`homeless`) for whoever joins.
+        """
+        number = self.route(sequence, self.now_ps) if self.route is not None else 0
+        if number is None:
+            self.homeless.append(sequence)
+            return
+        replica = self.replicas[number]
+        if self.note is not None:
+            self.note(self.now_ps, sequence, "routed", f"to replica {number}")
         try:
             replica.scheduler.require_fit(sequence)
         except DoesNotFitError:

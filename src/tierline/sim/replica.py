@@ -15,7 +15,7 @@ from collections.abc import Mapping
 from heapq import heappop, heappush
 from typing import TYPE_CHECKING
 
-from tierline.base.clock import FOREVER_PS
+from tierline.base.clock import FOREVER_PS, PS_PER_S
 from tierline.kv.link import Link
 from tierline.kv.transfer import DEMAND, DEVICE, Transfer
 from tierline.perf.line import StepLine, steps_before
@@ -85,14 +85,15 @@ class Replica:
         self._paused: dict[int, int] = {}  # preempted after tokens: instant of the last one
         self._worst: dict[int, int] = {}  # their longest gap so far
         self.sequences: dict[int, Sequence] = {}  # everybody who is here
-        self._slow = 1.0
+        chunk = scheduler.limits.chunk_tokens
+        self._speed_permille = max(chunk * PS_PER_S // (10 * line.line(0, 0, [(0, chunk)])[0]), 1)
 
     # --- what routers ask -------------------------------------------------------------------
 
     @property
-    def speed(self) -> float:
-        """Relative speed, by the price of a full prompt chunk."""
-        return 1e9 / self.line.line(0, 0, [(0, self.scheduler.limits.chunk_tokens)])[0]
+    def speed_permille(self) -> int:
+        """Prompt tokens a second, in thousandths of a reference of 10,000 tokens a second."""
+        return self._speed_permille
 
     def cached_tokens(self, sequence: Sequence) -> int:
         """Tokens of the prompt's prefix that are in this replica's KV, whatever the tier."""
@@ -175,10 +176,10 @@ class Replica:
     def _begun(self, now_ps: int) -> int:
         return steps_before(self._alpha, self._beta, now_ps - self._start_ps, self.repeats)
 
-    def set_slow(self, factor: float, now_ps: int, line: StepLine) -> None:
-        """From the next step on, steps take `factor` times as long; `line` prices them so."""
+    def set_line(self, line: StepLine, now_ps: int) -> None:
+        """From the next step on, other prices: the accelerator became slower, or well again."""
         self.cut(now_ps)
-        self._slow, self.line, self.scheduler.line = factor, line, line
+        self.line = self.scheduler.line = line
 
     # --- steps ------------------------------------------------------------------------------
 

@@ -1,0 +1,218 @@
+"""Simulating in one call: a deployment or an instance, requests, a policy, a seed.
+
+`simulate` is what the command line, the planner and the accuracy checks call.  Everything
+it does is a function of its arguments.
+"""
+
+from bisect import bisect_left
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Sequence as Seq
+from typing import Any
+
+from tierline.base.clock import FOREVER_PS, PS_PER_NS, PS_PER_S
+from tierline.base.errors import InputError
+from tierline.base.names import lookup
+from tierline.kv.chain import GroupedChain, TraceChain
+from tierline.scheduling.policy import Policy
+from tierline.scheduling.profiles import POLICIES
+from tierline.scheduling.routing import ROUTERS
+from tierline.scheduling.sequence import Sequence
+from tierline.sim.fleet import Fleet
+from tierline.sim.instance import Instance
+from tierline.sim.record import Moment, Requests, Run, Steps
+from tierline.workload.request import Request
+from tierline.workload.slo import ServiceLevel
+
+
+def simulate(
+    instances: Instance | Seq[Instance],
+    requests: Seq[Request],
+    *,
+    levels: Seq[ServiceLevel],
+    replicas: int = 1,
+    policy: Policy | str = "tierline",
+    routing: str = "prefix-aware",
+    trace_block_tokens: int = 512,
+    seed: int = 0,
+    tenant_weights: Mapping[str, int] | None = None,
+    keep_steps: bool = False,
+    watch: Iterable[int] = (),
+    repeats_max: int = FOREVER_PS,
+    progress: Callable[[int], None] | None = None,
+    prepare: Callable[[Fleet], None] | None = None,
+) -> Run:
+    """Replay `requests` (in order of arrival) on a fleet.
+
+    `instances` is one kind for all `replicas`, or one entry a replica.  `prepare` may add
+    faults, pools or an autoscaler before the run starts.
+    """
+    kinds = list(instances) if not isinstance(instances, Instance) else [instances] * replicas
+    if not requests:
+        raise InputError("the trace has no requests", hint="nothing arrives, nothing to simulate")
+    chosen = lookup("policy", policy, POLICIES) if isinstance(policy, str) else policy
+    requested = _Requested(
+        requests,
+        levels=tuple(levels) or (ServiceLevel(targets=()),),
+        block_tokens=kinds[0].layout.block_tokens,
+        trace_block_tokens=trace_block_tokens,
+        prefix_cache=all(kind.prefix_cache for kind in kinds),
+    )
+    weights = tenant_weights
+    if weights is None and len(requested.tenants) > 1:
+        weights = {}
+    lines = {id(kind): kind.line() for kind in kinds}
+    members = [
+        kind.replica(n, chosen, seed=seed, tenant_weights=weights, line=lines[id(kind)])
+        for n, kind in enumerate(kinds)
+    ]
+    fleet = Fleet(
+        members,
+        arrivals=iter(requested),
+        outputs=requested.columns.output_tokens[:],
+        requests=requested.columns,
+        steps=Steps() if keep_steps else None,
+        seed=seed,
+        repeats_max=repeats_max,
+    )
+    router = lookup("routing", routing, ROUTERS)
+    fleet.route = router(fleet.replicas, seed=seed, block_tokens=kinds[0].layout.block_tokens)
+    fleet.progress = progress
+    moments = watch_requests(fleet, watch)
+    if prepare is not None:
+        prepare(fleet)
+    end_ps = fleet.run()
+    return _finish(fleet, requested, moments, end_ps=end_ps, policy=chosen.name, seed=seed)
+
+
+def watch_requests(fleet: Fleet, watch: Iterable[int]) -> dict[int, list[Moment]]:
+    """Moments of the requests to watch, filled while the fleet runs."""
+    moments: dict[int, list[Moment]] = {i: [] for i in watch}
+    if moments:
+
+        def note(now_ps: int, sequence: Sequence, what: str, why: str) -> None:
+            if sequence.id in moments:
+                moments[sequence.id].append(Moment(now_ps, what, why))
+
+        for replica in fleet.replicas:
+            replica.scheduler.note = note
+        fleet.note = note
+    return moments
+
+
+def _finish(
+    fleet: Fleet,
+    requested: "_Requested",
+    moments: dict[int, list[Moment]],
+    *,
+    end_ps: int,
+    policy: str,
+    seed: int,
+) -> Run:
+    for replica in fleet.replicas:
+        totals, scheduler = replica.totals, replica.scheduler
+        totals.up_ps = totals.up_ps or end_ps
+        totals.preemptions = scheduler.preemptions
+        totals.evicted_blocks = [tier.evicted_blocks for tier in scheduler.index.tiers]
+    return Run(
+        requests=requested.columns,
+        levels=requested.levels,
+        tenants=requested.tenants,
+        replicas=[replica.totals for replica in fleet.replicas],
+        steps=fleet.steps,
+        moments=moments,
+        end_ps=end_ps,
+        policy=policy,
+        seed=seed,
+    )
+
+
+class _Requested:
+    """Requests as sequences, made when they arrive so that few live at once."""
+
+    def __init__(
+        self,
+        requests: Seq[Request],
+        *,
+        levels: tuple[ServiceLevel, ...],
+        block_tokens: int,
+        trace_block_tokens: int,
+        prefix_cache: bool,
+    ) -> None:
+        self.levels = tuple(sorted(levels, key=lambda level: -level.priority))
+        self._requests = requests
+        self._start_ns = requests[0].arrival_ns
+        self._chain = _chains(block_tokens, trace_block_tokens) if prefix_cache else None
+        self._ttft_ps = [_limit_ps(level, "ttft") for level in self.levels]
+        self._itl_ps = [
+            min(_limit_ps(level, "itl"), _limit_ps(level, "tpot")) for level in self.levels
+        ]
+        self.tenants = tuple(sorted({r.tenant for r in requests}))
+        self.columns = self._columns()
+
+    def _columns(self) -> Requests:
+        columns = Requests(len(self._requests))
+        tenant_of = {name: i for i, name in enumerate(self.tenants)}
+        ranks = [-level.priority for level in self.levels]
+        last = len(ranks) - 1
+        for i, r in enumerate(self._requests):
+            level = min(bisect_left(ranks, -r.priority), last)
+            columns.arrival_ps[i] = (r.arrival_ns - self._start_ns) * PS_PER_NS
+            columns.input_tokens[i] = max(r.input_tokens, 1)
+            columns.output_tokens[i] = max(r.output_tokens, 1)
+            columns.level[i] = level
+            columns.tenant[i] = tenant_of[r.tenant]
+            due_ps = self._due_ps(r, level, columns.arrival_ps[i])
+            columns.due_ps[i] = due_ps if due_ps < FOREVER_PS else -1
+            itl_ps = self._itl_ps[level]
+            columns.itl_target_ps[i] = itl_ps if itl_ps < FOREVER_PS else -1
+        return columns
+
+    def _due_ps(self, r: Request, level: int, arrival_ps: int) -> int:
+        if r.deadline_ns is not None:
+            return (r.deadline_ns - self._start_ns) * PS_PER_NS
+        limit = self._ttft_ps[level]
+        return arrival_ps + limit if limit < FOREVER_PS else FOREVER_PS
+
+    def __iter__(self) -> Iterator[Sequence]:
+        columns, itl_ps, tenants = self.columns, self._itl_ps, self.tenants
+        for i, r in enumerate(self._requests):
+            level = columns.level[i]
+            due_ps = columns.due_ps[i]
+            chain: Any = None
+            if self._chain is not None and r.prefix_blocks:
+                chain = self._chain(r.prefix_blocks, columns.tenant[i])
+            yield Sequence(
+                i,
+                arrival_ps=columns.arrival_ps[i],
+                prompt_tokens=columns.input_tokens[i],
+                output_max_tokens=columns.output_tokens[i],
+                rank=level,
+                due_ps=due_ps if due_ps >= 0 else FOREVER_PS,
+                itl_ps=itl_ps[level],
+                tenant=tenants[columns.tenant[i]],
+                chain=chain,
+            )
+
+
+def _limit_ps(level: ServiceLevel, metric: str) -> int:
+    limit_s = level.limit_s(metric)
+    return FOREVER_PS if limit_s is None else round(limit_s * PS_PER_S)
+
+
+def _chains(block_tokens: int, trace_block_tokens: int) -> Callable[[Seq[int], int], Any]:
+    """How a trace's blocks become names of KV blocks, by tenant.
+
+    Raises `InputError` where one is not a power of two times the other.
+    """
+    larger, smaller = max(block_tokens, trace_block_tokens), min(block_tokens, trace_block_tokens)
+    parts, rest = divmod(larger, smaller)
+    if rest or parts & (parts - 1):
+        raise InputError(
+            f"KV blocks of {block_tokens} tokens do not divide the trace's of {trace_block_tokens}",
+            hint="choose a KV block size that is a power of two times the trace's, or a part of it",
+        )
+    if block_tokens > trace_block_tokens:
+        return lambda ids, tenant: GroupedChain(ids, group=parts, salt_number=tenant)
+    if parts == 1:
+        return lambda ids, tenant: ids if not tenant else TraceChain(ids, salt_number=tenant)
+    return lambda ids, tenant: TraceChain(ids, parts=parts, salt_number=tenant)
