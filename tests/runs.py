@@ -67,7 +67,7 @@ class _Replica:
         self.prefill: list[list[int]] = []  # [request, tokens left]
         self.running: dict[int, int] = {}  # request -> tokens generated
         self.totals = ReplicaTotals(
-            number=number, name=f"h100-{number}", gpus=2, usd_per_hour=2.5, pages_total=4000
+            number=number, name=f"h100-{number}", gpus=2, usd_per_hour=5.0, pages_total=4000
         )
 
 
@@ -162,7 +162,7 @@ class _Service:
         done = replica.running.get(request, 0) + 1
         if done == 1:
             requests.first_ps[request] = now_ps
-            self.note(request, now_ps, "first-token", "the prompt is computed")
+            self.note(request, now_ps, "first token", "the prompt is computed")
         else:
             gap_ps = now_ps - self.last_ps[request]
             requests.itl_max_ps[request] = max(requests.itl_max_ps[request], gap_ps)

@@ -79,7 +79,7 @@ def test_a_broken_promise_is_called_broken() -> None:
 def test_preempted_and_loaded_work_is_told_in_its_order() -> None:
     run = run_of([finished(0, 4, 9, 5)])
     turns = (
-        *((0, "arrived"), (1, "blocked"), (2, "loading"), (3, "chunk"), (4, "first-token")),
+        *((0, "arrived"), (1, "blocked"), (2, "loading"), (3, "chunk"), (4, "first token")),
         *((5, "preempted"), (7, "admitted"), (8, "decoding"), (9, "finished")),
     )
     run.moments[0] = [Moment(at * PS_PER_S, what, f"why {what}") for at, what in turns]

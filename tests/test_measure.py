@@ -203,8 +203,8 @@ def test_the_fleet_is_added_up_and_paid_for_by_the_hour() -> None:
     assert (s.fleet.utilization_least, s.fleet.utilization_most) == (0.25, 0.5)
     assert s.fleet.hit_share == {"device": 0.1, "dram": 0.025, "nvme": 0, "remote": 0}
     assert s.fleet.moved_bytes == {"demote": 1, "load": 200}
-    assert (s.money.usd, s.money.usd_per_million_output_tokens) == (16, 8000)
-    assert s.money.usd_per_good_request == 16  # one of the two is late
+    assert (s.money.usd, s.money.usd_per_million_output_tokens) == (4, 2000)  # by the replica
+    assert s.money.usd_per_good_request == 4  # one of the two is late
 
 
 def test_an_unpriced_replica_makes_the_cost_unknown() -> None:

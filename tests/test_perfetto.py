@@ -60,10 +60,10 @@ def test_moments_tell_what_columns_do_not_know() -> None:
     """Loaded, preempted, computed again: the kinds in their order, each for as long as it took."""
     watched = served_run(count=60)
     at = watched.requests.arrival_ps[9]
-    turns = "arrived behind loading admitted chunk first-token preempted admitted decoding finished"
+    turns = "arrived,behind,loading,admitted,chunk,first token,preempted,admitted,decoding,finished"
     watched.requests.finish_ps[9] = at + 9 * PS_PER_S
     watched.moments[9] = [
-        Moment(at + i * PS_PER_S, what, "") for i, what in enumerate(turns.split())
+        Moment(at + i * PS_PER_S, what, "") for i, what in enumerate(turns.split(","))
     ]
 
     assert [(s.kind, (s.end_ps - s.start_ps) // PS_PER_S) for s in life(watched, 9)] == [

@@ -22,7 +22,7 @@ TURNS = {
     "arrived": "queued",
     "loading": "loading",
     "chunk": "prefill",
-    "first-token": "decode",
+    "first token": "decode",
     "decoding": "decode",
     "preempted": "preempted",
 }

@@ -336,7 +336,7 @@ def money(run: Run, *, good: int, output_tokens: int) -> Money:
     """What the time paid for cost; a fleet with an unpriced replica has no cost."""
     if not run.replicas or any(r.usd_per_hour <= 0 for r in run.replicas):
         return Money(usd=None, usd_per_million_output_tokens=None, usd_per_good_request=None)
-    usd = sum(r.gpus * r.usd_per_hour * r.up_ps for r in run.replicas) / PS_PER_HOUR
+    usd = sum(r.usd_per_hour * r.up_ps for r in run.replicas) / PS_PER_HOUR
     return Money(
         usd=usd,
         usd_per_million_output_tokens=usd / output_tokens * 1e6 if output_tokens else None,
