@@ -50,7 +50,7 @@ def add(source: Path, files: dict[str, str]) -> None:
     for name, line in files.items():
         path = source / "tierline" / name
         if not name.endswith(".py"):
-            path.mkdir()
+            path.mkdir(exist_ok=True)
             path = path / "__init__.py"
         with path.open("a", encoding="utf-8") as file:
             file.write(f"\n{line}\n")
