@@ -118,6 +118,7 @@ class Scheduler:
             self._fair = FairShare(tenant_weights, debt_max_tokens=policy.debt_max_tokens)
         self._blocked: Sequence | None = None  # cannot enter until somebody leaves
         self._blocked_epoch = 0
+        self._cut: tuple[tuple[int, ...], tuple[int, int]] = ((), (0, 0))  # asked, answered
         self._sized_for = -1  # cached tokens of the prompt that the chunk was sized for
         self._arrived = False  # somebody came since the last shedding
         self._room = True  # the step has slots and budget to spare
@@ -340,7 +341,8 @@ class Scheduler:
         policy, limits, queue = self.policy, self.limits, self.queue
         begun = self._begun()
         slots = limits.sequences_max - self.running
-        at, opened, short = 0, not step.preempted and not self._draining, False
+        gathering = not (self._draining and self.decoding)
+        at, opened, short = 0, gathering and not step.preempted, False
         if policy.longest_prefix_first_below and queue.waiting:
             self._reorder()
         while budget > 0:
@@ -506,6 +508,17 @@ class Scheduler:
         """(blocks to use, of them to fetch): the cut where reload + recompute takes least."""
         if self.reload_ps is None:
             return device, 0
+        # Links drain while a refused head waits, so the choice stands until memory changes:
+        # otherwise time alone would change a decision.
+        asked = (s.id, self.index.epoch, found, device, fetch)
+        if self._cut[0] != asked:
+            self._cut = (asked, self._best_cut(s, found, device, fetch, now_ps))
+        return self._cut[1]
+
+    def _best_cut(
+        self, s: Sequence, found: int, device: int, fetch: int, now_ps: int
+    ) -> tuple[int, int]:
+        assert self.reload_ps is not None
         block, chunk = self._block, self.limits.chunk_tokens
         decodes, context = len(self.decoding), self.context_tokens
 
