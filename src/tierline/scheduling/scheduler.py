@@ -236,7 +236,8 @@ class Scheduler:
         return max(tokens, 0) * (sequence.prefill_ps // sequence.prompt_tokens)
 
     def _woken(self, transfer: Transfer) -> bool:
-        woke = self._blocked is not None  # residency moved: a refused head may fit now
+        # Memory moved: a refused head may fit now, and a prompt that was short may grow.
+        woke = self._blocked is not None or self._short
         for sequence in transfer.waiters:
             if sequence.state != LOADING:
                 if sequence.id in self.held_back and transfer.target == DEVICE:
