@@ -104,6 +104,10 @@ class Rates:
     sequence_us: float
     prefill_ms: float
     evidence: Evidence
+    layer_fused_us: float = 0.0  # of a MoE layer whose routing and products are few kernels
+    layer_sparse_us: float = 0.0  # more in a layer that picks the tokens it attends to
+    prefill_layer_us: float = 0.0  # of a step with prompt tokens: kernels launched one by one
+    prefill_mla_us: float = 0.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -236,6 +240,7 @@ class StepCost:
         self._set_tables()
         self._set_cache_terms()
         self._set_prefill_terms()
+        self.prompt_s = self._prompt_s()
 
     # --- tables ---------------------------------------------------------------------------
 
@@ -282,7 +287,17 @@ class StepCost:
             False: rates.layer_dense_us,
         }
         fixed_us = sum(g.layers * per_layer_us[g.experts > 0] for g in self.model.ffn)
+        sparse_layers = sum(g.layers for g in self.model.attention if g.sparse_topk_tokens)
+        fixed_us += sparse_layers * rates.layer_sparse_us
         return fixed_us * 1e-6 + rates.step_ms * 1e-3
+
+    def _prompt_s(self) -> float:
+        """Fixed time of a step with prompt tokens: eager kernels, outside any graph."""
+        rates, model = self.rates, self.model
+        per_layer_us = (
+            rates.prefill_mla_us if model.attention[0].latent else rates.prefill_layer_us
+        )
+        return rates.prefill_ms * 1e-3 + model.layers * per_layer_us * 1e-6
 
     def _dense_s(self, product: _Products, rows: Any) -> Any:
         """Seconds of one dense product in one layer."""
@@ -417,7 +432,7 @@ class StepCost:
         for limit, per_token_s in self._bounded:
             seconds += per_token_s * min(context_tokens, limit * decodes)
         if prefill_tokens:
-            seconds += self._pair_s * prefill_pairs + self.rates.prefill_ms * 1e-3
+            seconds += self._pair_s * prefill_pairs + self.prompt_s
             for limit, per_pair_s in self._bounded_pairs:
                 seconds += per_pair_s * min(prefill_pairs, prefill_tokens * limit)
         return seconds * self.slowdown
@@ -433,7 +448,7 @@ class StepCost:
         seconds = seconds + self._pair_s * pairs
         for limit, per_pair_s in self._bounded_pairs:
             seconds = seconds + per_pair_s * np.minimum(pairs, prefill_tokens * limit)
-        return (seconds + (prefill_tokens > 0) * self.rates.prefill_ms * 1e-3) * self.slowdown
+        return (seconds + (prefill_tokens > 0) * self.prompt_s) * self.slowdown
 
     def decode_run_s(self, decodes: int, context_tokens: float, steps: int) -> float:
         """Seconds of `steps` pure decode steps in a row; every one adds `decodes` tokens.
@@ -462,7 +477,7 @@ class StepCost:
             bounded=self._bounded,
             pair_s=self._pair_s,
             bounded_pairs=self._bounded_pairs,
-            prefill_s=self.rates.prefill_ms * 1e-3,
+            prefill_s=self.prompt_s,
             slowdown=self.slowdown,
         )
 

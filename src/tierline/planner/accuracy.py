@@ -70,7 +70,7 @@ def _first_token_s(row: Row, rates: Rates, engine: EngineProfile) -> float:
     if row.source != "trtllm":
         return replay(row, row.instance(rates, engine))[0]
     cost = row.instance(rates, engine).cost
-    prompts, budget = row.clients, row.batch_tokens
+    prompts, budget = row.clients, row.launch.batch_tokens
     tokens = prompts * row.input_tokens
     steps = math.ceil(tokens / budget)
     pairs = prompts * row.input_tokens**2 / 2

@@ -13,8 +13,9 @@ from dataclasses import dataclass, replace
 from tierline.catalog.gpu import GpuSpec
 from tierline.catalog.model import ModelSpec
 from tierline.catalog.models import known_models
-from tierline.perf.step import EngineProfile, Layout, Rates, StepCost
+from tierline.perf.step import EngineProfile, Layout, Rates, StepCost, load_rates
 from tierline.planner.load import Demand, Instance, OperatingPoint, at_concurrency
+from tierline.planner.recipes import Launch
 
 LENGTH_QUANTILES = 8
 MEMORY_USABLE = 0.95
@@ -38,7 +39,7 @@ class Row:
     output_tokens: int
     uniform: bool  # lengths spread over [0.8 L, L]; otherwise all alike
     clients: int  # closed loop; 0: as many as the KV cache holds
-    batch_tokens: int
+    launch: Launch
     ttft_s: float | None = None
     tpot_s: float | None = None
     output_tokens_per_s: float | None = None
@@ -70,9 +71,16 @@ class Row:
             output_tokens=_lengths(self.output_tokens, spread=self.uniform),
         )
 
+    def cost(self, rates: Rates | None = None) -> StepCost:
+        """The law of the instance; `rates` replaces the shipped constants."""
+        rates = rates or load_rates(self.gpu)
+        if self.launch.fused_experts:
+            rates = replace(rates, layer_moe_us=rates.layer_fused_us)
+        return StepCost(self.model, self.gpu, self.layout, rates=rates)
+
     def instance(self, rates: Rates | None = None, engine: EngineProfile | None = None) -> Instance:
         """The instance that was measured; `rates` and `engine` replace the shipped ones."""
-        cost = StepCost(self.model, self.gpu, self.layout, rates=rates)
+        cost = self.cost(rates)
         context = self.input_tokens + self.output_tokens // 2
         pool = self.gpu.memory_bytes * MEMORY_USABLE - MEMORY_RESERVED_BYTES
         pool -= cost.weights_bytes_per_gpu
@@ -83,7 +91,7 @@ class Row:
             # A pool with no room contradicts a run that took place: the label's memory is wrong.
             kv_tokens=tokens if tokens > 2 * context else 1e9,
             sequences_max=SEQUENCES_MAX,
-            chunk_tokens=self.batch_tokens,
+            chunk_tokens=self.launch.batch_tokens,
         )
 
     def offline_point(

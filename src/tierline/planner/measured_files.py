@@ -32,6 +32,7 @@ from tierline.catalog.model import ModelSpec
 from tierline.perf.step import EngineProfile, Layout, load_engine
 from tierline.planner.measured import Row
 from tierline.planner.measured_names import engine_named, gpu_named, model_named, weights_of
+from tierline.planner.recipes import Labels, Launch, launch_of
 
 Record = Mapping[str, str]
 
@@ -203,7 +204,16 @@ def _inferencex(record: Record, where: str) -> Row:
     precision = record.get("precision") or record.get("moe_quant") or record.get("gemm_quant", "")
     weights = weights_of(precision, record["model"], model, blocks=True)
     tp, dp, ep = _degrees(record)
+    layout = Layout(
+        weights=weights,
+        kv=_kv_format(weights, gpu, engine.name, model),
+        tp=tp,
+        pp=_whole(record, "pp", least=1, default=1),
+        dp=dp,
+        ep=ep,
+    )
     isl, clients = (_whole(record, key, least=1) for key in ("isl", "concurrency"))
+    osl = _whole(record, "osl", least=2)
     uniform = record.get("origin") != OTHER_CLIENT or model.name in SPREAD_LATER
     uniform = uniform or (model.name == "gpt-oss-120b" and isl % 1024 == 0)
     ttft_s, tpot_s = _seconds(record, "ttft_ms"), _seconds(record, "tpot_ms")
@@ -216,23 +226,36 @@ def _inferencex(record: Record, where: str) -> Row:
         gpu=gpu,
         engine=engine,
         version=record.get("engine_version") or "-",
-        layout=Layout(
-            weights=weights,
-            kv=_kv_format(weights, gpu, engine.name, model),
-            tp=tp,
-            pp=_whole(record, "pp", least=1, default=1),
-            dp=dp,
-            ep=ep,
-        ),
+        layout=layout,
         input_tokens=isl,
-        output_tokens=_whole(record, "osl", least=2),
+        output_tokens=osl,
         uniform=uniform,
         clients=clients,
-        batch_tokens=_budget(engine, model, gpu, isl=isl, clients=clients, uniform=uniform),
+        launch=launch_of(
+            Labels(
+                model=model,
+                gpu=gpu,
+                engine=engine,
+                version=record.get("engine_version", ""),
+                date=record.get("measured_date", ""),
+                layout=layout,
+                input_tokens=isl,
+                output_tokens=osl,
+                clients=clients,
+                published=record.get("origin") != OTHER_CLIENT or uniform,
+                speculative=_speculative(record),
+            )
+        ),
         ttft_s=ttft_s,
         tpot_s=tpot_s,
         doubt=_doubt(record, model, gpu, tp * dp),
     )
+
+
+def _speculative(record: Record) -> bool | None:
+    """Whether the row itself says that drafts were on."""
+    said = record.get("spec_decoding", "").casefold()
+    return None if not said else said not in ("none", "off", "false", "0")
 
 
 def _degrees(record: Record) -> tuple[int, int, int]:
@@ -251,19 +274,6 @@ def _degrees(record: Record) -> tuple[int, int, int]:
         dp = 1
     dp = min(dp, gpus)
     return gpus // dp, dp, ep
-
-
-def _budget(
-    engine: EngineProfile, model: ModelSpec, gpu: GpuSpec, *, isl: int, clients: int, uniform: bool
-) -> int:
-    """Tokens of one step, as the published launch recipes set them."""
-    if model.name == "minimax-m2.5" and gpu.name == "b200":
-        return 2 * isl
-    if engine.name == "trtllm" and model.name == "gpt-oss-120b":
-        return 20_000
-    if engine.name == "trtllm" and model.name in ("deepseek-r1", "deepseek-v3") and uniform:
-        return (clients + isl + 127) // 64 * 64
-    return engine.batch_tokens
 
 
 def _doubt(record: Record, model: ModelSpec, gpu: GpuSpec, gpus: int) -> str:
@@ -312,7 +322,7 @@ def _trtllm(record: Record, where: str) -> Row:
         output_tokens=max(_whole(record, "osl", least=1), 2),
         uniform=False,
         clients=_whole(record, "batch_or_conc", least=0, default=0),
-        batch_tokens=TRTLLM_BUDGET,
+        launch=Launch(batch_tokens=TRTLLM_BUDGET, fused_experts=True),
         ttft_s=value / 1e3 if first_token else None,
         output_tokens_per_s=None if first_token else value * gpus,
         scenario=record.get("load", ""),
@@ -341,7 +351,7 @@ def _mlperf(record: Record, where: str) -> Row:
         output_tokens=145 if mixtral else 294,
         uniform=False,
         clients=0,
-        batch_tokens=TRTLLM_BUDGET,
+        launch=Launch(batch_tokens=TRTLLM_BUDGET, fused_experts=True),
         output_tokens_per_s=value / (accelerators // least),
         replicas=accelerators // least,
         scenario=record["scenario"],
