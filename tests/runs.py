@@ -113,7 +113,7 @@ class _Service:
                 requests.loaded_tokens[new] = cached
                 totals.moved_bytes["load"] = totals.moved_bytes.get("load", 0) + cached * 4096
                 self.note(new, replica.now_ps, "loading", f"{cached} tokens come up from DRAM")
-            totals.hit_tokens[1 if new % 6 == 0 else 0] += cached
+                totals.loaded_tokens[1] += cached
             replica.prefill.append([new, prompt - cached])
             self.note(new, replica.now_ps, "admitted", f"{len(replica.running)} are decoding")
 

@@ -190,18 +190,19 @@ def test_the_fleet_is_added_up_and_paid_for_by_the_hour() -> None:
             usd_per_hour=2.0,
             up_ps=3600 * PS_PER_S,
             busy_ps=(1 + n) * 900 * PS_PER_S,
-            hit_tokens=[10, 5 * n, 0, 0],
+            loaded_tokens=[0, 30, 10 * n, 0],
             moved_bytes={"load": 100, "demote": n},
         )
         for n in (0, 1)
     ]
-    run = run_of([finished(0, 0.5, 1, 1000), finished(0, 3, 4, 1000)], replicas=replicas)
+    found = {"cached_tokens": 60, "loaded_tokens": 35}
+    run = run_of([finished(0, 0.5, 1, 1000), finished(0, 3, 4, 1000, **found)], replicas=replicas)
     s = summary(run)
 
     assert s.fleet.gpu_hours == 8
     assert s.fleet.utilization == 0.375
     assert (s.fleet.utilization_least, s.fleet.utilization_most) == (0.25, 0.5)
-    assert s.fleet.hit_share == {"device": 0.1, "dram": 0.025, "nvme": 0, "remote": 0}
+    assert s.fleet.hit_share == {"device": 0.125, "dram": 0.15, "nvme": 0.025, "remote": 0}
     assert s.fleet.moved_bytes == {"demote": 1, "load": 200}
     assert (s.money.usd, s.money.usd_per_million_output_tokens) == (4, 2000)  # by the replica
     assert s.money.usd_per_good_request == 4  # one of the two is late

@@ -61,4 +61,4 @@ def whole_file(path: Path) -> Iterator[IO[bytes]]:
 
 def packed(file: IO[bytes]) -> IO[bytes]:
     """What is written to this ends up in `file` as gzip; equal contents are equal bytes."""
-    return cast("IO[bytes]", gzip.GzipFile(fileobj=file, mode="wb", filename="", mtime=0))
+    return cast("IO[bytes]", gzip.GzipFile("", "wb", compresslevel=6, fileobj=file, mtime=0))

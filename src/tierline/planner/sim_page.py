@@ -263,8 +263,8 @@ def replica_rows(run: Run) -> list[tuple[str, ...]]:
             f"{r.steps:,}",
             f"{r.prefill_tokens:,}",
             f"{r.decode_tokens:,}",
-            ", ".join(f"{n} {t:,}" for n, t in zip(TIER_NAMES, r.hit_tokens, strict=True) if t)
-            or "0",
+            ", ".join(f"{n} {t:,}" for n, t in zip(TIER_NAMES, r.loaded_tokens, strict=True) if t)
+            or "–",
             f"{r.preemptions:,}",
         )
         for r in run.replicas[:REPLICAS_MAX]

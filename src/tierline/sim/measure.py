@@ -302,14 +302,11 @@ def promises(run: Run) -> tuple[Promise, ...]:
 def fleet(run: Run) -> Fleet:
     """The replicas added up."""
     totals = run.replicas
-    admitted = column(run.requests, "admitted_ps") >= 0
-    prompt_tokens = int(column(run.requests, "input_tokens")[admitted].sum())
     busy = [r.busy_ps / r.up_ps for r in totals if r.up_ps]
     moved: dict[str, int] = {}
     for replica in totals:
         for kind, count in replica.moved_bytes.items():
             moved[kind] = moved.get(kind, 0) + count
-    hit_tokens = [sum(r.hit_tokens[tier] for r in totals) for tier in range(len(TIER_NAMES))]
     return Fleet(
         replicas=len(totals),
         gpu_hours=sum(r.gpus * r.up_ps for r in totals) / PS_PER_HOUR,
@@ -320,16 +317,31 @@ def fleet(run: Run) -> Fleet:
         prefill_tokens=sum(r.prefill_tokens for r in totals),
         decode_tokens=sum(r.decode_tokens for r in totals),
         preemptions=sum(r.preemptions for r in totals),
-        hit_share={
-            name: tokens / max(prompt_tokens, 1)
-            for name, tokens in zip(TIER_NAMES, hit_tokens, strict=True)
-        },
+        hit_share=hit_share(run),
         evicted_blocks={
             name: sum(r.evicted_blocks[tier] for r in totals)
             for tier, name in enumerate(TIER_NAMES)
         },
         moved_bytes=dict(sorted(moved.items())),
     )
+
+
+def hit_share(run: Run) -> dict[str, float]:
+    """Prompt tokens that were found cached, by the tier they were in, over all of them.
+
+    What came from below the device is split as the loads were: requests that wait for one
+    load share it, so tokens are counted by request and tiers by transfer.
+    """
+    requests = run.requests
+    prompt = int(column(requests, "input_tokens")[column(requests, "admitted_ps") >= 0].sum())
+    loaded = int(column(requests, "loaded_tokens").sum())
+    device = int(column(requests, "cached_tokens").sum()) - loaded
+    carried = [sum(r.loaded_tokens[tier] for r in run.replicas) for tier in range(len(TIER_NAMES))]
+    below = [loaded * tokens / max(sum(carried), 1) for tokens in carried[1:]]
+    return {
+        name: tokens / max(prompt, 1)
+        for name, tokens in zip(TIER_NAMES, [device, *below], strict=True)
+    }
 
 
 def money(run: Run, *, good: int, output_tokens: int) -> Money:

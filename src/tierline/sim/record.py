@@ -128,7 +128,7 @@ class ReplicaTotals:
     pages_total: int = 0
     evicted_blocks: list[int] = field(default_factory=lambda: [0, 0, 0, 0])  # by tier
     moved_bytes: dict[str, int] = field(default_factory=dict)  # by kind of transfer
-    hit_tokens: list[int] = field(default_factory=lambda: [0, 0, 0, 0])  # prompt, by tier
+    loaded_tokens: list[int] = field(default_factory=lambda: [0, 0, 0, 0])  # by tier they were in
 
 
 @dataclass(slots=True, kw_only=True)

@@ -372,6 +372,9 @@ class Replica:
         moved = self.totals.moved_bytes
         for transfer in transfers:
             moved[transfer.kind] = moved.get(transfer.kind, 0) + transfer.bytes
+            if transfer.kind == "load":
+                tokens = transfer.blocks * self.scheduler.layout.block_tokens
+                self.totals.loaded_tokens[transfer.source] += tokens
             link = self.links[(transfer.source, transfer.target)]
             if transfer.kind == "swap-out":
                 stall_ps += link.duration_ps(transfer.bytes)
