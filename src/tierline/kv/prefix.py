@@ -350,6 +350,7 @@ class PrefixIndex:
         run, blocks = holder.run, upto - depth
         if run is not None and holder.owned_run is run and not run.children and run.mask == 1:
             run.blocks += blocks
+            run.used_ps = now_ps
         else:
             run = self._begin(holder.chain, depth, blocks, run, now_ps)
             self._move_hold(holder, run)

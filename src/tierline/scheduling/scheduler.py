@@ -124,6 +124,7 @@ class Scheduler:
         self._room = True  # the step has slots and budget to spare
         self._short = False  # a prompt under way could not grow
         self._promised_pages = 0  # if every output grew to its limit
+        self._now_ps = 0  # of the last call that said
         self._draining = False  # a gathered batch is being finished
         self._padding = 0
 
@@ -258,6 +259,7 @@ class Scheduler:
 
     def next_step(self, now_ps: int, repeats_max: int = FOREVER_PS) -> Step:
         """The next step; it is empty when there is nothing to compute."""
+        self._now_ps = now_ps
         step = Step()
         step.preempted, step.chunks, step.padding = [], [], 0
         need = self._grow_running(step, now_ps)
@@ -692,6 +694,7 @@ class Scheduler:
         self.pages.free += s.pages
         s.pages = s.duplicate_pages = 0
         if s.run is not None:
+            s.run.used_ps = self._now_ps  # in use until now
             self.index.release(s.run)
             s.run = s.owned_run = None
         s.published_blocks = 0
@@ -811,6 +814,7 @@ class Scheduler:
         `handed_over` finished here, and keep their pages until `released`.  Returns the
         sequences that produced their first token of this stay.
         """
+        self._now_ps = now_ps
         if step.decodes:
             self._advance(repeats)
         if accepted:
