@@ -19,6 +19,7 @@ from tierline.scheduling.sequence import Sequence
 
 REQUESTS, REPLICAS, ROUNDS = 12_031, 8, 5
 BUDGET_S = 0.1
+DUE_PS = FOREVER_PS // 2  # a promise that everybody keeps
 
 
 class Standing:
@@ -50,7 +51,7 @@ def requests() -> list[Sequence]:
             arrival_ps=i,
             prompt_tokens=12_000,
             output_max_tokens=300,
-            due_ps=FOREVER_PS,  # every replica keeps it, so every replica is priced
+            due_ps=DUE_PS,
             chain=[0, i % 300 if i % 3 else i, *range(20)],
         )
         for i in range(REQUESTS)

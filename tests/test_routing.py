@@ -323,6 +323,14 @@ def test_turns_of_a_conversation_stay_together_and_conversations_part() -> None:
     assert len(others) == 8  # although the first block, a system prompt, is common
 
 
+def test_tenants_part_although_their_blocks_have_the_same_numbers() -> None:
+    """A salt takes the bits above 64, and the ring has 64."""
+    route = ROUTERS["prefix-hash"](fleet(8), **SETTINGS)
+    homes_of_block = {route(request(chain=[(salt << 64) + 5]), 0) for salt in range(50)}
+
+    assert len(homes_of_block) == 8
+
+
 @pytest.mark.parametrize(("block_tokens", "depth"), [(512, 2), (16, 64), (4096, 1)])
 def test_depth_is_in_tokens(block_tokens: int, depth: int) -> None:
     route = PrefixHash(fleet(8), seed=1, block_tokens=block_tokens)

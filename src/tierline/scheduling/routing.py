@@ -9,6 +9,10 @@ is never given twice.  A replica that is down or draining stays in the list or l
 answer is the same.  Work is counted in prompt tokens of the reference accelerator, so that
 replicas of different speed compare: integers throughout, ties to the lowest number.
 
+Replicas are asked what they hold, one by one.  A directory fed by what they publish would
+need one look-up for all; but between two reports it knows less than the replica does, and
+how often reports come depends on how many equal steps are done at once.
+
 Invariants
     INV-SCHED-40  only a replica that accepts is chosen; None only when none does
     INV-SCHED-41  a policy that prices takes the least price, ties to the lowest number
@@ -20,9 +24,11 @@ from bisect import bisect
 from collections import abc
 from collections.abc import Callable
 from functools import partial
+from operator import itemgetter
 from random import Random
 from typing import Protocol
 
+from tierline.base.clock import FOREVER_PS
 from tierline.base.rng import stream_seed
 from tierline.scheduling.sequence import Sequence
 
@@ -208,9 +214,10 @@ class PrefixHash:
 def mix(value: int) -> int:
     """A 64-bit word in which every bit depends on every bit of `value` (splitmix64).
 
-    Not `hash`: that leaves small integers as they are.
+    Not `hash`: that leaves small integers as they are.  Names of blocks have more bits, of
+    which a salt may take the upper ones.
     """
-    z = value + 0x9E3779B97F4A7C15 & _WORD
+    z = (value ^ value >> 64) + 0x9E3779B97F4A7C15 & _WORD
     z = (z ^ z >> 30) * 0xBF58476D1CE4E5B9 & _WORD
     z = (z ^ z >> 27) * 0x94D049BB133111EB & _WORD
     return z ^ z >> 31
@@ -235,40 +242,46 @@ def adapter_aware(replicas: Replicas, sequence: Sequence, _now_ps: int) -> int |
 
 def _least_work(replicas: Replicas, sequence: Sequence, *, adapter_tokens: int) -> int | None:
     """Look-ups cost more than all else here: who loses even with a full hit is not asked."""
-    prompt_tokens, adapter = sequence.prompt_tokens, sequence.adapter
     chosen, least = None, _LAST
     for replica in replicas:
-        if not replica.accepting:
-            continue
-        speed = replica.speed_permille
-        tokens = replica.prompt_tokens_queued + REQUEST_TOKENS * replica.requests_outstanding
-        if adapter and adapter_tokens and not replica.has_adapter(adapter):
-            tokens += adapter_tokens
-        if tokens * 1000 // speed >= least:
-            continue
-        tokens += prompt_tokens - replica.cached_tokens(sequence)
-        if (work := tokens * 1000 // speed) < least:
-            chosen, least = replica.number, work
+        if replica.accepting:
+            tokens, speed = _tokens_ahead(replica, sequence, adapter_tokens), replica.speed_permille
+            if tokens * 1000 // speed < least:
+                tokens += sequence.prompt_tokens - replica.cached_tokens(sequence)
+                if (work := tokens * 1000 // speed) < least:
+                    chosen, least = replica.number, work
     return chosen
+
+
+def _tokens_ahead(replica: Candidate, sequence: Sequence, adapter_tokens: int) -> int:
+    tokens = replica.prompt_tokens_queued + REQUEST_TOKENS * replica.requests_outstanding
+    if adapter_tokens and sequence.adapter and not replica.has_adapter(sequence.adapter):
+        tokens += adapter_tokens
+    return tokens
 
 
 def slo_aware(replicas: Replicas, sequence: Sequence, now_ps: int) -> int | None:
     """The least work among those that keep the promise; when none does, the earliest.
 
-    Priority is in the prediction: only what is queued before this request counts.  Without a
-    deadline everybody keeps it.
+    Priority is in the prediction: only what is queued before this request counts.  Whoever
+    has the least work is asked for a prediction first, and most often keeps the promise.
     """
-    slack_ps = sequence.due_ps - now_ps
-    earliest, soonest_ps = None, _LAST
-    keeping = []
+    if sequence.due_ps >= FOREVER_PS:
+        return adapter_aware(replicas, sequence, now_ps)
+    priced = []
     for replica in replicas:
         if replica.accepting:
-            ttft_ps = replica.predicted_ttft_ps(sequence)
-            if ttft_ps <= slack_ps:
-                keeping.append(replica)
-            elif earliest is None or ttft_ps < soonest_ps:
-                earliest, soonest_ps = replica.number, ttft_ps
-    return adapter_aware(keeping, sequence, now_ps) if keeping else earliest
+            tokens = _tokens_ahead(replica, sequence, ADAPTER_TOKENS)
+            tokens += sequence.prompt_tokens - replica.cached_tokens(sequence)
+            priced.append((tokens * 1000 // replica.speed_permille, replica.number, replica))
+    priced.sort(key=itemgetter(0, 1))
+    slack_ps, late = sequence.due_ps - now_ps, []
+    for _, number, replica in priced:
+        ttft_ps = replica.predicted_ttft_ps(sequence)
+        if ttft_ps <= slack_ps:
+            return number
+        late.append((ttft_ps, number))
+    return min(late)[1] if late else None
 
 
 # --- by name --------------------------------------------------------------------------------
