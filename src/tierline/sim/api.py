@@ -19,7 +19,8 @@ from tierline.scheduling.routing import ROUTERS
 from tierline.scheduling.sequence import Sequence
 from tierline.sim.fleet import Fleet
 from tierline.sim.instance import Instance
-from tierline.sim.record import Moment, Requests, Run, Steps
+from tierline.sim.record import Requests, Run, Steps
+from tierline.sim.watch import Watch
 from tierline.workload.request import Request
 from tierline.workload.slo import ServiceLevel
 
@@ -71,38 +72,22 @@ def simulate(
         outputs=requested.columns.output_tokens[:],
         requests=requested.columns,
         steps=Steps() if keep_steps else None,
+        watch=Watch(watched) if (watched := list(watch)) else None,
         seed=seed,
         repeats_max=repeats_max,
     )
     router = lookup("routing", routing, ROUTERS)
     fleet.route = router(fleet.replicas, seed=seed, block_tokens=kinds[0].layout.block_tokens)
     fleet.progress = progress
-    moments = watch_requests(fleet, watch)
     if prepare is not None:
         prepare(fleet)
     end_ps = fleet.run()
-    return _finish(fleet, requested, moments, end_ps=end_ps, policy=chosen.name, seed=seed)
-
-
-def watch_requests(fleet: Fleet, watch: Iterable[int]) -> dict[int, list[Moment]]:
-    """Moments of the requests to watch, filled while the fleet runs."""
-    moments: dict[int, list[Moment]] = {i: [] for i in watch}
-    if moments:
-
-        def note(now_ps: int, sequence: Sequence, what: str, why: str) -> None:
-            if sequence.id in moments:
-                moments[sequence.id].append(Moment(now_ps, what, why))
-
-        for replica in fleet.replicas:
-            replica.scheduler.note = note
-        fleet.note = note
-    return moments
+    return _finish(fleet, requested, end_ps=end_ps, policy=chosen.name, seed=seed)
 
 
 def _finish(
     fleet: Fleet,
     requested: "_Requested",
-    moments: dict[int, list[Moment]],
     *,
     end_ps: int,
     policy: str,
@@ -119,7 +104,7 @@ def _finish(
         tenants=requested.tenants,
         replicas=[replica.totals for replica in fleet.replicas],
         steps=fleet.steps,
-        moments=moments,
+        moments=fleet.watch.moments if fleet.watch is not None else {},
         end_ps=end_ps,
         policy=policy,
         seed=seed,

@@ -25,10 +25,10 @@ from tierline.base.rng import stream_seed
 from tierline.scheduling.sequence import Sequence
 from tierline.sim.record import FINISHED, REFUSED, Requests, Steps
 from tierline.sim.replica import CONTROL, LINK_DONE, Replica
+from tierline.sim.watch import Watch
 
 Event = tuple[int, int, int, int, Any]  # (time, rank, replica, serial or version, payload)
 Route = Callable[[Sequence, int], int | None]  # (request, now) -> replica, None: nobody accepts
-Note = Callable[[int, Sequence, str, str], None]
 Action = Callable[..., None]
 
 
@@ -58,15 +58,16 @@ class Fleet:
         seed: int = 0,
         repeats_max: int = FOREVER_PS,
         steps: Steps | None = None,
+        watch: Watch | None = None,
     ) -> None:
         """`arrivals` come in order of time; `outputs` and `requests` are by sequence id."""
         self.replicas: list[Replica] = []
+        self.watch = watch
         self.outputs, self.requests, self.route = outputs, requests, route
         self.repeats_max, self.steps = repeats_max, steps
         self.rng = random.Random(stream_seed(seed, "fleet"))
         self.now_ps = 0
         self.pools: Pools | None = None
-        self.note: Note | None = None
         self.homeless: list[Sequence] = []  # nobody accepts requests at the moment
         self.on_end: Callable[[Replica, Sequence, int], None] | None = None
         self.progress: Callable[[int], None] | None = None
@@ -82,6 +83,8 @@ class Fleet:
         assert replica.number == len(self.replicas)
         replica.fleet = self
         self.replicas.append(replica)
+        if self.watch is not None:
+            self.watch.listen(replica)
 
     # --- what replicas and operators call ---------------------------------------------------
 
@@ -166,8 +169,8 @@ class Fleet:
             self.homeless.append(sequence)
             return
         replica = self.replicas[number]
-        if self.note is not None:
-            self.note(self.now_ps, sequence, "routed", f"to replica {number}")
+        if self.watch is not None:
+            self.watch.routed(replica, sequence, self.now_ps)
         try:
             replica.scheduler.require_fit(sequence)
         except DoesNotFitError:

@@ -265,6 +265,10 @@ class Replica:
                     handed.append(s)
         if self.fleet.steps is not None:
             self._write_down(step, repeats, now_ps)
+        if self.fleet.watch is not None:
+            self.fleet.watch.stepped(
+                self, step, repeats=repeats, start_ps=self._start_ps, now_ps=now_ps
+            )
         self.step = None
         entered = scheduler.complete(
             step, repeats, finished, now_ps, accepted=accepted, handed_over=handed
