@@ -1,6 +1,7 @@
 """Prefill hands over where it pays, to the replica with the most room left, and pools are as
 large as their rates ask."""
 
+import doctest
 from dataclasses import dataclass, replace
 
 import pytest
@@ -9,6 +10,7 @@ from hypothesis import strategies as st
 
 from tierline.base.clock import PS_PER_MS, PS_PER_S
 from tierline.perf import transfer
+from tierline.scheduling import disaggregation
 from tierline.scheduling.disaggregation import (
     hand_over,
     pipelined_ps,
@@ -205,3 +207,10 @@ def test_a_cut_follows_the_need() -> None:
 
     assert split(4, need) == (3, 1)
     assert split(4, replace(need, decode=9.0)) == (1, 3)  # control
+
+
+def test_examples_in_docstrings() -> None:
+    result = doctest.testmod(disaggregation)
+
+    assert result.attempted
+    assert not result.failed

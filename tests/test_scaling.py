@@ -1,6 +1,7 @@
 """Replicas are there when they are needed, go when they are not, and do not flap."""
 
 import csv
+import doctest
 import gzip
 import math
 from collections.abc import Callable
@@ -12,6 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tierline.base.clock import PS_PER_S
+from tierline.scheduling import scaling as module
 from tierline.scheduling.scaling import (
     Autoscaler,
     Decision,
@@ -384,3 +386,10 @@ def test_a_drain_ends_when_empty_or_at_its_bound(outstanding: int, now_s: int, g
 def test_a_cold_start_is_weights_and_the_rest() -> None:
     assert cold_start_ps(140e9, bytes_per_s=12.5e9, init_s=0) == 11_200 * 10**9
     assert cold_start_ps(140e9, bytes_per_s=12.5e9, init_s=60) == 71_200 * 10**9
+
+
+def test_examples_in_docstrings() -> None:
+    result = doctest.testmod(module)
+
+    assert result.attempted
+    assert not result.failed
