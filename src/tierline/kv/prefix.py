@@ -205,6 +205,21 @@ class PrefixIndex:
                 break
         return found, device, loose, fetch
 
+    def found(self, chain: Any, limit: int) -> int:
+        """Blocks found, in any tier, among the first `limit`: what a router asks."""
+        found = 0
+        get = self.heads.get
+        while found < limit:
+            run = get(chain[found])
+            if run is None or run.leaving is not None:
+                break
+            whole = run.blocks
+            equal = _equal_blocks(run, chain, found, min(whole, limit - found))
+            found += equal
+            if equal < whole:
+                break
+        return found
+
     def residence(self, chain: Any, limit: int) -> list[tuple[int, int]]:
         """[(depth reached, tier to fetch from)] along the cached path; tier 0 needs no fetching."""
         depth, path = 0, []
@@ -423,12 +438,37 @@ class PrefixIndex:
         """Forget up to `blocks` of a tier, least valuable first; returns how many.
 
         On the device, runs without a copy below are written back first where there is room:
-        their pages become free when that has landed.  With `write_back` off they are dropped.
+        their pages become free when that has landed.  With `write_back` off they are dropped,
+        and what hangs from them below only when nothing else is left.
         """
-        owner, bit, done = self.tiers[tier], 1 << tier, 0
-        heap, key = owner.heap, self.placement.key
+        done, aside = self._forget_in_order(tier, blocks, write_back=write_back)
+        while aside and done < blocks and tier == DEVICE and not write_back:
+            for _, _, _, run in aside:
+                if not run.mask & 1 or run.holds or run.children_in[DEVICE]:
+                    continue
+                if done < blocks:
+                    self._orphan(run)
+                    done += self._forget(run, tier, write_back=False)
+                else:
+                    self._offer(run)
+            more, aside = self._forget_in_order(tier, blocks - done, write_back=False)
+            done += more
+        for entry in aside:
+            heappush(self.tiers[tier].heap, entry)
+        if done:
+            self.epoch += 1
+        return done
+
+    def _forget_in_order(
+        self, tier: int, blocks: int, *, write_back: bool
+    ) -> tuple[int, list[tuple[int, int, int, Run]]]:
+        """Forget up to `blocks`; also what came up and cannot go, or should not yet."""
+        bit, done = 1 << tier, 0
+        heap, key = self.tiers[tier].heap, self.placement.key
+        aside: list[tuple[int, int, int, Run]] = []
         while done < blocks and heap:
-            value, _, _, run = heappop(heap)
+            entry = heappop(heap)
+            value, run = entry[0], entry[3]
             if not run.mask & bit or run.holds or run.children_in[tier] or run.leaving is not None:
                 continue  # stale: offered again when it becomes true
             current = key(self, run, tier)
@@ -437,12 +477,28 @@ class PrefixIndex:
                 continue
             if run.mask == bit and run.children and not self.below[tier]:
                 continue  # the last copy of what others hang from: offered when they are gone
-            if run.blocks > blocks - done:
-                self._split(run, run.blocks - (blocks - done))  # only the tail goes
-            done += self._forget(run, tier, write_back=write_back)
-        if done:
-            self.epoch += 1
-        return done
+            if run.blocks > blocks - done:  # only the tail goes
+                if self._trim(run, tier, blocks - done, entry):
+                    return blocks, aside
+                self._split(run, run.blocks - (blocks - done))
+            forgotten = self._forget(run, tier, write_back=write_back)
+            done += forgotten
+            if not forgotten:
+                aside.append(entry)
+        return done, aside
+
+    def _trim(self, run: Run, tier: int, blocks: int, entry: tuple[int, int, int, Run]) -> bool:
+        """Forget the last blocks of a run for good without making two of it; whether that was
+        possible: nothing hangs from it, no other copy has those blocks, nobody names them."""
+        if tier != DEVICE or self.below[tier] or run.children or self.names is not None:
+            return False
+        run.blocks -= blocks
+        self.pages.free += blocks * self.pages_per_block
+        self.device_blocks -= blocks
+        self.evictable_blocks -= blocks
+        self.tiers[tier].evicted_blocks += blocks
+        heappush(self.tiers[tier].heap, entry)
+        return True
 
     def _forget(self, run: Run, tier: int, *, write_back: bool) -> int:
         """Give up the copy of a run that nothing forbids to forget; returns blocks given up."""
@@ -451,9 +507,7 @@ class PrefixIndex:
         if below and not run.mask & ~((bit << 1) - 1) and (write_back or tier != DEVICE):
             transfer = self._sink(run, tier, below)
         if run.mask == bit and run.children:
-            if tier != DEVICE:
-                return 0  # no room below: it must stay above what hangs from it
-            self._orphan(run)
+            return 0  # no room below: it must stay above what hangs from it
         if tier == DEVICE:
             self.evictable_blocks -= blocks
             self.device_blocks -= blocks

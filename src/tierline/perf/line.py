@@ -156,6 +156,10 @@ class StepLine:
         room = target_ps - base
         tokens_ps, pair_ps, bounded = self._tokens_ps, self._pair_ps, self._bounded_pairs
         low, high = 0, tokens_max // grain
+        # Mostly the whole budget fits, so that is asked first.
+        pairs = tokens_max * (2 * past_tokens + tokens_max)
+        if not bounded and tokens_ps[decodes + tokens_max] + pair_ps * pairs <= room:
+            return high * grain
         while low < high:
             middle = (low + high + 1) >> 1
             count = middle * grain

@@ -108,6 +108,7 @@ class Scheduler:
         ]
         self._plain = not self._windows and not layout.state_pages
         self._growth = [0] * self._block  # pages that decoders take at tick modulo block
+        self._growth_total = 0
         self._saturating: list[tuple[int, int, int]] = []  # (tick, sequence, pages) of windows
         self._itl_targets: dict[int, int] = {}  # of decoding sequences, how many have each
         self._batch_evicted = max(1, pages.total // EVICTED_AT_ONCE // self._block_pages)
@@ -264,6 +265,18 @@ class Scheduler:
         step.preempted, step.chunks, step.padding = [], [], 0
         need = self._grow_running(step, now_ps)
         self._blocked = None
+        if self.prefilling or self.queue.waiting:
+            self._choose(step, need, now_ps)
+        else:  # streams only: nothing to choose
+            decodes = len(self.decoding)
+            self._short = False
+            self._room = decodes < self.limits.batch_tokens and self.running < (
+                self.limits.sequences_max
+            )
+        return self._dressed(step, repeats_max)
+
+    def _choose(self, step: Step, need: int, now_ps: int) -> None:
+        """Prompt tokens of the step, and who is left out."""
         budget = self._budget()
         if self.policy.sheds and self._arrived and self.queue.waiting and not step.preempted:
             self._shed(now_ps, budget)
@@ -272,6 +285,9 @@ class Scheduler:
             victim = self.policy.victim(self.prefilling.values())
             self._preempt(victim, step, now_ps, "prompts held each other's memory")
             need = self._fill(step, budget, 0, now_ps)
+
+    def _dressed(self, step: Step, repeats_max: int) -> Step:
+        """The step with everything an executor needs to know."""
         step.tick, step.decoding = self.tick, self.decoding
         step.decodes, step.context_tokens = len(self.decoding), self.context_tokens
         step.draft_tokens = self.limits.draft_tokens if step.decodes else 0
@@ -756,9 +772,9 @@ class Scheduler:
         tokens = step.chunks[0][1] if step.chunks else 0
         if not decodes and not tokens:
             return repeats
-        weight = self._block_pages
-        # A bound that never walks: every decoder starts a block a cycle, the chunk as it grows.
-        if ((repeats // block + 1) * decodes + repeats * tokens // block + 1) * weight <= free:
+        # A bound that never walks: whole cycles of what decoders take, the chunk as it grows.
+        most = (repeats // block + 1) * self._growth_total if decodes else 0
+        if most + (repeats * tokens // block + 1) * self._block_pages <= free:
             return repeats
         cached = step.chunks[0][0].cached_tokens if tokens else 0
         return self._staircase(repeats, decodes, tokens, cached)
@@ -773,27 +789,29 @@ class Scheduler:
     def _staircase(self, repeats: int, decodes: int, tokens: int, cached: int) -> int:
         """The same, exactly: growth is periodic in the tick, and the chunk's is a staircase."""
         block, free, weight = self._block, self._free_before_writing_back(), self._block_pages
-        start = self.tick % block
-        cycle = self._growth[start:] + self._growth[:start] if decodes else [0] * block
-        total = sum(cycle)
-        held = -(-cached // block)
-
-        def need(k: int) -> int:
-            own = (-(-(cached + k * tokens) // block) - held) * weight if tokens else 0
-            return (k // block) * total + sum(cycle[: k % block]) + own
-
-        if need(repeats) <= free:
-            return repeats
+        if tokens:
+            repeats = min(repeats, (free // weight + 1) * block // tokens + 1)
+        rise, total = [0], 0
+        if decodes:
+            total, at, span = self._growth_total, self.tick % block, min(repeats, block)
+            cycle = self._growth[at : at + span]
+            if len(cycle) < span:
+                cycle += self._growth[: span - len(cycle)]
+            rise = list(accumulate(cycle, initial=0))
         if not tokens:  # decoders only: whole cycles, then one bisection
-            turns, rest = divmod(free, total)
-            return turns * block + bisect_right(list(accumulate(cycle)), rest)
-        low, high = 1, min(repeats, (free // weight + 1) * block // tokens + 1)
+            turns, rest = divmod(free, total) if total else (repeats, 0)
+            return min(repeats, turns * block + bisect_right(rise, rest) - 1)
+        held = -(-cached // block)
+        low, high = 1, repeats
         while low < high:
-            middle = (low + high + 1) >> 1
-            if need(middle) <= free:
-                low = middle
+            k = (low + high + 1) >> 1
+            need = (-(-(cached + k * tokens) // block) - held) * weight
+            if decodes:
+                need += (k // block) * total + rise[k % block]
+            if need <= free:
+                low = k
             else:
-                high = middle - 1
+                high = k - 1
         return low
 
     # --- accounting -------------------------------------------------------------------------
@@ -847,7 +865,7 @@ class Scheduler:
             self.pages.free -= growth[at]
         else:
             turns, part = divmod(repeats, block)
-            grown = turns * sum(growth) if turns else 0
+            grown = turns * self._growth_total
             if part:
                 grown += sum(growth[at : at + part])
                 if at + part > block:
@@ -860,6 +878,7 @@ class Scheduler:
             s = self.decoding.get(i)
             if s is not None:
                 self._growth[(s.joined_tick - s.cached_tokens) % block] -= pages
+                self._growth_total -= pages
 
     def _accept(self, accepted: dict[int, int]) -> None:
         """Verified drafts: some sequences grew by more than the tick."""
@@ -922,6 +941,7 @@ class Scheduler:
                 tick = self.tick + saturated - s.cached_tokens
                 heappush(self._saturating, (tick, s.id, block_pages))
         self._growth[(self.tick - s.cached_tokens) % self._block] += pages
+        self._growth_total += pages
         if s.itl_ps < FOREVER_PS:
             self._itl_targets[s.itl_ps] = self._itl_targets.get(s.itl_ps, 0) + 1
 
@@ -929,7 +949,9 @@ class Scheduler:
         """`s` decodes no more: what ticks did to everybody is now written down for one."""
         ran = self.tick - s.joined_tick
         length = s.cached_tokens + ran
-        self._growth[(s.joined_tick - s.cached_tokens) % self._block] -= self._growth_of(s, length)
+        growth = self._growth_of(s, length)
+        self._growth[(s.joined_tick - s.cached_tokens) % self._block] -= growth
+        self._growth_total -= growth
         if self._windows:
             self._saturating = sorted(e for e in self._saturating if e[1] != s.id)
         s.cached_tokens = length
