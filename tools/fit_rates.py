@@ -17,6 +17,7 @@ do the rest.
 
 import hashlib
 import math
+import os
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -25,16 +26,18 @@ from typing import Any
 
 import numpy as np
 
-from measured import Row, data_folder, inferencex_rows, mlperf_rows, trtllm_rows
-from replay import replay
 from tierline.base.files import write_text
 from tierline.catalog.gpu import GpuSpec
 from tierline.perf.evidence import Evidence
-from tierline.perf.step import EngineProfile, Rates, StepCost, load_engine
+from tierline.perf.step import EngineProfile, Rates, load_engine
+from tierline.planner.accuracy import Outcome, outcome
+from tierline.planner.client_replay import replay
 from tierline.planner.load import OperatingPoint, at_concurrency
+from tierline.planner.measured import Row
+from tierline.planner.measured_files import Reading, read_measured
 
 ROUNDS = 2
-STACK_SD = 0.25
+STACK_SD = {"tpot": 0.25, "ttft": 0.15, "throughput": 0.25}
 NOISE = {"tpot": 0.10, "ttft": 0.25, "throughput": 0.20}
 QUIET_CLIENTS = 16  # TTFT above this is queueing, not constants
 STEP = 0.02  # of a logarithm, for derivatives
@@ -59,11 +62,15 @@ GENERIC: dict[str, float] = {
     "attention": 0.60,
     "layer_dense_us": 30.0,
     "layer_moe_us": 75.0,
+    "layer_fused_us": 40.0,
     "layer_mla_us": 80.0,
     "collective": 1.2,
     "step_ms": 0.3,
     "sequence_us": 12.0,
     "prefill_ms": 4.0,
+    "layer_sparse_us": 40.0,
+    "prefill_layer_us": 200.0,
+    "prefill_mla_us": 800.0,
 }
 KERNELS: dict[str, dict[str, float]] = {
     "ampere": {
@@ -108,7 +115,7 @@ KERNELS: dict[str, dict[str, float]] = {
         "expert.fp8-block": 0.24,
         "expert.fp4": 0.38,
         "expert.int4-g128": 0.12,
-        "expert.mxfp4": 0.10,
+        "expert.mxfp4": 0.60,
         "attention": 0.55,
     },
     "blackwell ultra": {
@@ -122,7 +129,7 @@ KERNELS: dict[str, dict[str, float]] = {
         "expert.fp8-block": 0.26,
         "expert.fp4": 0.27,
         "expert.int4-g128": 0.13,
-        "expert.mxfp4": 0.07,
+        "expert.mxfp4": 0.60,
         "attention": 0.65,
     },
 }
@@ -141,15 +148,24 @@ SPREAD: dict[str, tuple[float, float, float]] = {
     "step_ms": (0.3, 0.0, 0.0),
     "sequence_us": (0.3, 0.0, 0.0),
     "prefill_ms": (0.3, 0.0, 0.0),
+    "layer_fused_us": (0.3, 0.12, 0.05),
+    "layer_sparse_us": (0.5, 0.0, 0.0),
+    "prefill_layer_us": (0.5, 0.0, 0.0),
+    "prefill_mla_us": (0.5, 0.0, 0.0),
     "host_s": (0.8, 0.0, 0.0),
     "wait_steps": (0.8, 0.0, 0.0),
 }
 ENGINES: dict[str, tuple[float, float]] = {  # host_s, wait_steps to start from
     "vllm": (0.03, 2.0),
-    "sglang": (0.06, 20.0),
-    "trtllm": (0.06, 4.0),
+    "sglang": (0.06, 2.0),
+    "trtllm": (0.04, 2.0),
 }
 OUTPUT = Path(__file__).resolve().parents[1] / "src/tierline/perf/data/rates.toml"
+FILES = {
+    "inferencex": "measured_inferencex.csv.gz",
+    "trtllm": "measured_trtllm_perf_overview.csv",
+    "mlperf": "measured_mlperf_v41.csv",
+}
 FOLDS = 5
 BAND_ROWS_MIN = 30  # fewer rows of a GPU say nothing about its own band
 FULL = Evidence(kind="fitted", source="being fitted")
@@ -170,9 +186,13 @@ class Fit:
         value *= math.exp(sum(self.factors.get((name, level), 0.0) for level in levels))
         return min(value, MOST_EFFICIENT) if _is_share(name) else value
 
-    def rates(self, gpu: GpuSpec) -> Rates:
-        """The law's constants for a GPU."""
-        return as_rates({name: self.constant(name, gpu) for name in GENERIC})
+    def flat(self, row: Row) -> dict[str, float]:
+        """Constants of a row's GPU."""
+        return {name: self.constant(name, row.gpu) for name in GENERIC}
+
+    def rates(self, row: Row) -> Rates:
+        """The law's constants for a row."""
+        return as_rates(self.flat(row))
 
     def engine(self, name: str) -> EngineProfile:
         """The engine's profile with the fitted host times."""
@@ -222,7 +242,7 @@ class Settled:
 def settle(row: Row, fit: Fit) -> Settled | None:
     """The state in which the load model sees `row`."""
     engine = fit.engine(row.engine.name)
-    rates, demand = fit.rates(row.gpu), row.demand
+    rates, demand = fit.rates(row), row.demand
     instance = row.instance(rates, engine)
     if row.source == "inferencex":
         point = at_concurrency(instance, demand, row.clients)
@@ -237,7 +257,7 @@ def settle(row: Row, fit: Fit) -> Settled | None:
     beside = decode[:2] if engine.mixes_prefill else (0, 0.0)
     tokens = point.mixed_tokens
     mixed = (*beside, tokens, tokens * demand.input_mean / 2)
-    chunks = math.ceil(demand.input_mean / row.batch_tokens)
+    chunks = math.ceil(demand.input_mean / row.launch.batch_tokens)
     own_tokens = demand.input_mean / chunks
     own = (*beside, own_tokens, own_tokens * demand.input_mean / 2)
     apart = 1.0 if not engine.mixes_prefill else 1.0 - point.mixed_share
@@ -271,18 +291,20 @@ def lines(rows: Iterable[Row], fit: Fit) -> list[Line]:
     for row in rows:
         state = settle(row, fit)
         if state is not None:
-            by_cost[(row.model.name, row.gpu.name, row.layout)].append(state)
+            by_cost[(row.model.name, row.gpu.name, row.layout, row.launch.fused_experts)].append(
+                state
+            )
     return [line for states in by_cost.values() for line in _lines_of_cost(states, fit)]
 
 
 def _lines_of_cost(states: Sequence[Settled], fit: Fit) -> list[Line]:
     row = states[0].row
-    flat = {name: fit.constant(name, row.gpu) for name in GENERIC}
+    flat = fit.flat(row)
     names = [name for name in flat if _matters(name, row)]
     steps = np.array([s.steps for s in states], float).reshape(-1, 4).T
 
     def seconds(constants: Mapping[str, float]) -> Any:
-        cost = StepCost(row.model, row.gpu, row.layout, rates=as_rates(constants))
+        cost = row.cost(as_rates(constants))
         return cost.formula_s(*steps).reshape(-1, 3)
 
     base = seconds(flat)
@@ -358,8 +380,8 @@ def fit_lines(observed: Sequence[Line], around: Fit) -> Fit:
                 continue
             for level, spread in _levels(name, line.row):
                 entries.append((i, column(name, level, spread), slope))
-        if line.kind != "ttft":
-            entries.append((i, column("stack", line.row.stack, STACK_SD), 1.0))
+        stack = f"{line.row.stack} | ttft" if line.kind == "ttft" else line.row.stack
+        entries.append((i, column("stack", stack, STACK_SD[line.kind]), 1.0))
     matrix = np.zeros((len(observed), len(spreads)))
     for i, j, slope in entries:
         matrix[i, j] += slope
@@ -414,40 +436,25 @@ def fit_rows(rows: Sequence[Row], *, rounds: int = ROUNDS) -> tuple[Fit, list[Li
     return fit, lines(rows, fit)
 
 
+def data_folder() -> Path:
+    """Where the published measurements lie; `TIERLINE_DATA` overrides it."""
+    beside = Path(__file__).resolve().parents[2] / "shared" / "data"
+    return Path(os.environ.get("TIERLINE_DATA", beside))
+
+
+def published(folder: Path) -> dict[str, Reading]:
+    """The published measurements by source."""
+    return {source: read_measured(folder / name) for source, name in FILES.items()}
+
+
 def clean_rows(folder: Path) -> list[Row]:
     """What the shipped constants are fitted to: every row that no rule doubts."""
-    rows = inferencex_rows(folder)[0] + trtllm_rows(folder)[0]
-    return [row for row in rows if not row.doubt]
+    found = published(folder)
+    closed = [row for row in found["inferencex"].rows if not row.doubt]
+    return closed + [row for row in found["trtllm"].rows if row.output_tokens_per_s]
 
 
 # --- what the fit is worth on rows it has not seen --------------------------------------------
-
-
-@dataclass(frozen=True, slots=True)
-class Outcome:
-    """Predicted over measured; NaN where nothing was measured."""
-
-    row: Row
-    tpot: float = math.nan
-    ttft: float = math.nan
-    throughput: float = math.nan
-
-    @property
-    def time_ratio(self) -> float:
-        """True over predicted step time, the quantity of an evidence band."""
-        return 1 / self.tpot if math.isnan(self.throughput) else self.throughput
-
-
-def outcome(row: Row, rates: Rates, engine: EngineProfile) -> Outcome | None:
-    """A row as the law sees it: the client replayed, or the offline state."""
-    if row.tpot_s is not None and row.ttft_s is not None:
-        ttft_s, tpot_s = replay(row, row.instance(rates, engine))
-        return Outcome(row, tpot=tpot_s / row.tpot_s, ttft=ttft_s / row.ttft_s)
-    point = row.offline_point(rates, engine)
-    if point is None or row.output_tokens_per_s is None:
-        return None
-    predicted = point.rate_rps * row.output_tokens
-    return Outcome(row, throughput=predicted / row.output_tokens_per_s)
 
 
 def held_out(
@@ -466,7 +473,7 @@ def held_out(
         if key is None:  # rows that are always in the fit
             continue
         fit = fit_lines([line for line in observed if part(line.row) != key], around)
-        found = (outcome(r, fit.rates(r.gpu), fit.engine(r.engine.name)) for r in unseen)
+        found = (outcome(r, fit.rates(r), fit.engine(r.engine.name)) for r in unseen)
         results += [o for o in found if o is not None]
     return results
 
@@ -493,7 +500,8 @@ def generic_outcomes(rows: Iterable[Row], fit: Fit) -> list[Outcome]:
 def datasheet_band(rows: Sequence[Row], fit: Fit) -> tuple[float, float]:
     """The generic entry on all rows, and on the vendor that no constant was fitted to."""
     low, high = band(generic_outcomes(rows, fit))
-    foreign = [r for r in mlperf_rows(data_folder())[0] if r.gpu.vendor == "AMD"]
+    mlperf = published(data_folder())["mlperf"].rows
+    foreign = [r for r in mlperf if r.gpu.vendor == "AMD"]
     foreign_low, foreign_high = band(generic_outcomes(foreign, fit))
     return min(low, foreign_low), max(high, foreign_high)
 
@@ -546,6 +554,8 @@ def rates_file(rows: Sequence[Row], fit: Fit, observed: Sequence[Line]) -> str:
             f"wait_steps = {_digits(engine.wait_steps)}\nmixes_prefill = {mixes}\n"
             f'batch_tokens = {budget}\nsource = "{source}"\n'
         )
+    groups = ",\n".join(f'  "{group}"' for group in sorted({row.group for row in rows}))
+    text.append(f"[fitted]\ngroups = [\n{groups},\n]\n")
     return "\n".join(text)
 
 

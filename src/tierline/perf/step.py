@@ -11,11 +11,13 @@ takes
 
     layers     attention projections, dense and shared FFN, routed experts: each a soft
                roofline R(flops, bytes; p) = (x^p + y^p)^(1/p) of computing and of reading
-               weights; collectives; activation traffic; fixed time per layer and step
+               weights; collectives; activation traffic; fixed time per layer and step, more in
+               a layer that first picks the tokens it attends to
     sequences  the LM head and the host's work for every sequence
     cache      reading the KV cache, windows and recurrent states included
     prefill    attention among prompt tokens: `pairs` is the sum over chunks of
-               chunk x (past + chunk / 2), the query-key pairs that must be scored
+               chunk x (past + chunk / 2), the query-key pairs that must be scored; and a fixed
+               time per layer, because prompts run as single kernels and not as one graph
 
 `layers` depends on N alone and `sequences` on n alone, so both are tables; the rest is
 linear in S. One step is two list look-ups and a few products, and k decode steps in a row
@@ -157,6 +159,11 @@ def load_engine(name: str) -> EngineProfile:
     return EngineProfile(name=name, **_rates_file()["engine"][name])
 
 
+def fitted_groups() -> frozenset[str]:
+    """Architecture | accelerator | engine of everything that the constants were fitted to."""
+    return frozenset(_rates_file()["fitted"]["groups"])
+
+
 def engine_names() -> list[str]:
     """Engines that have a profile."""
     return sorted(_rates_file()["engine"])
@@ -294,9 +301,7 @@ class StepCost:
     def _prompt_s(self) -> float:
         """Fixed time of a step with prompt tokens: eager kernels, outside any graph."""
         rates, model = self.rates, self.model
-        per_layer_us = (
-            rates.prefill_mla_us if model.attention[0].latent else rates.prefill_layer_us
-        )
+        per_layer_us = rates.prefill_mla_us if model.attention[0].latent else rates.prefill_layer_us
         return rates.prefill_ms * 1e-3 + model.layers * per_layer_us * 1e-6
 
     def _dense_s(self, product: _Products, rows: Any) -> Any:

@@ -13,17 +13,20 @@ import math
 import statistics
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from tierline.base.files import content_hash
 from tierline.base.progress import with_progress
-from tierline.perf.step import EngineProfile, Rates, load_rates
+from tierline.perf.stack_factor import stack_factor
+from tierline.perf.step import EngineProfile, Rates, fitted_groups, load_rates
 from tierline.planner.client_replay import replay
 from tierline.planner.measured import Row
 from tierline.planner.measured_files import Problem, Reading, read_measured
 
 PROBLEMS_SHOWN = 20
+CALIBRATION_POINTS = 3
 RANKED_MIN = 3  # an order of two says little
 SLICES: Mapping[str, Callable[[Row], str]] = {
     "model": lambda row: row.model.name,
@@ -130,6 +133,30 @@ def figures(outcomes: Sequence[Outcome], *, asked: int) -> dict[str, Any]:
     }
 
 
+def few_shot(outcomes: Iterable[Outcome], *, points: int, draw: int = 0) -> list[Outcome]:
+    """The rows of each stack that `points` of its configurations, now measured, correct.
+
+    Which configurations are the measured ones follows from their names and `draw`, so that
+    no result can lean on a fortunate choice. Offline rows have no such factor and are left out.
+    """
+    corrected = []
+    closed = [o for o in outcomes if o.row.clients and o.row.output_tokens_per_s is None]
+    for part in grouped(closed, lambda row: row.stack).values():
+        configs = sorted({o.row.config for o in part}, key=lambda c: content_hash([draw, c]))
+        known = set(configs[:points])
+        first = {o.row.config: o for o in part if o.row.config in known}.values()
+        factor = stack_factor(
+            tpot=[1 / o.tpot for o in first if not math.isnan(o.tpot)],
+            ttft=[1 / o.ttft for o in first if not math.isnan(o.ttft)],
+        )
+        corrected += [
+            replace(o, tpot=o.tpot * factor.tpot, ttft=o.ttft * factor.ttft)
+            for o in part
+            if o.row.config not in known
+        ]
+    return corrected
+
+
 # --- the report ---------------------------------------------------------------------------
 
 
@@ -153,6 +180,8 @@ def report(paths: Sequence[Path], *, progress: bool = False) -> dict[str, Any]:
     return {
         **figures(outcomes, asked=asked),
         "without_doubted": _without_doubted(outcomes),
+        "with_three_points": _with_points(outcomes),
+        "by_evidence": _slices(outcomes, _evidence),
         **{f"by_{name}": _slices(outcomes, key) for name, key in SLICES.items()},
         "not_predicted": [{"where": p.where, "name": p.name, "reason": p.reason} for p in problems],
         "left_out": dict(left_out),
@@ -170,6 +199,11 @@ def _slices(outcomes: Iterable[Outcome], key: Callable[[Row], str]) -> dict[str,
     return {name: figures(part, asked=len(part)) for name, part in sorted(parts.items())}
 
 
+def _evidence(row: Row) -> str:
+    """Whether the shipped constants saw rows of this architecture, accelerator and engine."""
+    return "fitted groups" if row.group in fitted_groups() else "unseen groups"
+
+
 def grouped(outcomes: Iterable[Outcome], key: Callable[[Row], str]) -> dict[str, list[Outcome]]:
     """Outcomes by what `key` says of their rows."""
     groups: dict[str, list[Outcome]] = defaultdict(list)
@@ -182,6 +216,12 @@ def _without_doubted(outcomes: Sequence[Outcome]) -> dict[str, Any]:
     sound = [o for o in outcomes if not o.row.doubt]
     rules = Counter(o.row.doubt for o in outcomes if o.row.doubt)
     return {**figures(sound, asked=len(sound)), "rules": dict(sorted(rules.items()))}
+
+
+def _with_points(outcomes: Sequence[Outcome]) -> dict[str, Any]:
+    """The same for the rest of every stack once three of its configurations are measured."""
+    rest = few_shot(outcomes, points=CALIBRATION_POINTS)
+    return {"points": CALIBRATION_POINTS, **figures(rest, asked=len(rest))}
 
 
 def _file(path: Path, reading: Reading) -> dict[str, Any]:
@@ -203,7 +243,9 @@ def render_text(found: Mapping[str, Any]) -> str:
     lines.append(_line("all", found))
     if found["without_doubted"]["rules"]:
         lines.append(_line("without doubted labels", found["without_doubted"]))
-    for name in SLICES:
+    if found["with_three_points"]["rows"]:
+        lines.append(_line("with 3 points of each stack", found["with_three_points"]))
+    for name in ("evidence", *SLICES):
         lines += ["", f"by {name}"]
         lines += [_line(f"  {key}", part) for key, part in found[f"by_{name}"].items()]
     for rule, count in found["without_doubted"]["rules"].items():

@@ -130,9 +130,7 @@ class _Client:
         elif wave == 0 and self.scatter_first:
             outputs = max(int(outputs * rng.uniform(0.5, 1.5)), 2)
         self.to_send -= 1
-        self.waiting.append(
-            Sent(self.to_send, wave, inputs, outputs, self.now_s, visible_tick)
-        )
+        self.waiting.append(Sent(self.to_send, wave, inputs, outputs, self.now_s, visible_tick))
 
     def step(self) -> bool:
         """One step with prompt tokens, or a run of decode steps; False when all is done."""

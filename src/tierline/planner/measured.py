@@ -54,8 +54,9 @@ class Row:
 
     @property
     def stack(self) -> str:
-        """What one speed factor stands for: a group in one version and precision."""
-        return f"{self.group} | {self.version} | {self.layout.weights}"
+        """What one speed factor stands for: a group in one version, precision and drafting."""
+        drafts = f" | drafts {self.launch.draft_tokens}" if self.launch.draft_tokens else ""
+        return f"{self.group} | {self.version} | {self.layout.weights}{drafts}"
 
     @property
     def config(self) -> str:
