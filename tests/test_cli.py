@@ -292,7 +292,9 @@ def test_every_command_has_help_and_json() -> None:
         a for a in parser._actions if a.dest != "help" and hasattr(a, "choices") and a.choices
     )
 
-    assert set(commands.choices) == {"plan", "profile", "synthesize", "export", "models", "gpus"}
+    assert set(commands.choices) == {
+        *("plan", "sim", "explain", "profile", "synthesize", "export", "accuracy", "models", "gpus")
+    }
     for name, command in commands.choices.items():
         text = command.format_help()
         assert "--json" in text, name

@@ -24,6 +24,17 @@ examples:
   tierline plan --model llama-3.1-8b --users 20000 --sessions-per-day 3 --slo ttft_p99=1s
 """
 
+SIM_EXAMPLES = """\
+examples:
+  tierline sim out/deployment.toml --trace requests.jsonl -o out/sim
+  tierline sim out/deployment.toml --trace requests.jsonl --compare tierline,fcfs,vllm-v1 --seed 7
+"""
+EXPLAIN_EXAMPLES = """\
+examples:
+  tierline explain slowest out/sim
+  tierline explain 4711 out/sim --policy fcfs
+"""
+
 
 def plan(args: argparse.Namespace) -> int:
     """Plan a fleet and write plan.json, deployment.toml and report.html."""
@@ -59,6 +70,44 @@ def plan(args: argparse.Namespace) -> int:
     print(plan_to_json(result) if args.json else render_text(result))
     for path in paths:
         print(f"wrote {path}", file=sys.stderr)
+    return 0
+
+
+def sim(args: argparse.Namespace) -> int:
+    """Replay a trace on a deployment, request by request, under one policy or several."""
+    from tierline.planner.simulation import replay_of, run_all, summaries_json, write_simulation
+    from tierline.sim.text import compare, render
+
+    replay = replay_of(
+        Path(args.deployment),
+        trace=Path(args.trace),
+        trace_format=args.format,
+        mapping=_pairs(args.map, "--map"),
+        policies=_names(args.compare),
+        seed=args.seed,
+    )
+    done = run_all(replay, watched=args.output is not None, progress=True)
+    paths = []
+    if args.output is not None:
+        paths = write_simulation(done, Path(args.output), table=args.table)
+    if args.json:
+        print(summaries_json(done), end="")
+    else:
+        print(render(done.summaries[0]), end="")
+        if len(done.summaries) > 1:
+            print("\n" + compare(done.summaries), end="")
+    for path in paths:
+        print(f"wrote {path}", file=sys.stderr)
+    return 0
+
+
+def explain(args: argparse.Namespace) -> int:
+    """Tell why a request of a simulation took as long as it did: every wait, and for whom."""
+    from tierline.planner.simulation import explain_request
+    from tierline.sim.explain import render_explanation
+
+    told = explain_request(Path(args.folder), args.request, policy=args.policy, progress=True)
+    print(told.to_json() if args.json else render_explanation(told), end="\n" * args.json)
     return 0
 
 
@@ -256,6 +305,8 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"tierline {version('tierline')}")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     _add_plan(commands)
+    _add_sim(commands)
+    _add_explain(commands)
     _add_profile(commands)
     _add_synthesize(commands)
     _add_export(commands)
@@ -342,6 +393,40 @@ def _add_plan(commands: Any) -> None:
     command.add_argument(
         "-o", "--output", help="folder for plan.json, deployment.toml, report.html"
     )
+
+
+def _add_sim(commands: Any) -> None:
+    command = _command(commands, sim, SIM_EXAMPLES)
+    command.add_argument("deployment", help="deployment.toml")
+    command.add_argument("--trace", required=True, help="request log or trace")
+    _add_trace_options(command)
+    command.add_argument("--seed", type=int, default=0, help="equal seeds, equal runs")
+    command.add_argument(
+        "--compare",
+        action="append",
+        metavar="POLICY,...",
+        help="tierline, fcfs, shortest, priority, edf; vllm-v1, sglang, trtllm-no-evict, "
+        "trtllm-max-utilization, static (default: the deployment's own)",
+    )
+    command.add_argument(
+        "--table", default="csv", help="format of the requests: csv, csv.gz, parquet (default csv)"
+    )
+    command.add_argument(
+        "-o",
+        "--output",
+        help="folder for summary.json, the table of requests, page.html, trace.json.gz, run.json",
+    )
+
+
+def _add_explain(commands: Any) -> None:
+    command = _command(commands, explain, EXPLAIN_EXAMPLES)
+    command.add_argument(
+        "request", help="its number, the first column of requests.csv; or the word slowest"
+    )
+    command.add_argument(
+        "folder", nargs="?", default=".", help="what `tierline sim -o` wrote (default: here)"
+    )
+    command.add_argument("--policy", help="of those compared (default: the best)")
 
 
 def _add_profile(commands: Any) -> None:

@@ -225,6 +225,11 @@ def _run_json(done: Simulation) -> str:
 def read_replay(folder: Path) -> tuple[Replay, dict[str, str]]:
     """The inputs that a folder was made from, and the hash of each policy, the best first."""
     path = folder / "run.json"
+    if not path.is_file():
+        raise InputError(
+            f"{str(folder)!r} holds no simulation",
+            hint="give the folder that `tierline sim ... -o FOLDER` wrote",
+        )
     try:
         kept = json.loads(read_text(path, what="run"))
         if kept.pop("tierline_run") != SCHEMA:

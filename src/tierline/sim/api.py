@@ -126,6 +126,7 @@ class _Requested:
         self.levels = tuple(sorted(levels, key=lambda level: -level.priority))
         self._requests = requests
         self._start_ns = requests[0].arrival_ns
+        self._trace_block_tokens = trace_block_tokens
         self._chain = _chains(block_tokens, trace_block_tokens) if prefix_cache else None
         self._ttft_ps = [_limit_ps(level, "ttft") for level in self.levels]
         self._itl_ps = [
@@ -165,7 +166,7 @@ class _Requested:
             due_ps = columns.due_ps[i]
             chain: Any = None
             if self._chain is not None and r.prefix_blocks:
-                chain = self._chain(r.prefix_blocks, columns.tenant[i])
+                chain = self._chain(self._whole(i, r), columns.tenant[i])
             yield Sequence(
                 i,
                 arrival_ps=columns.arrival_ps[i],
@@ -177,6 +178,17 @@ class _Requested:
                 tenant=tenants[columns.tenant[i]],
                 chain=chain,
             )
+
+    def _whole(self, i: int, r: Request) -> Seq[int]:
+        """Ids for the whole prompt: a trace may name its full blocks only, or its shared ones.
+
+        What it does not name is nobody else's: negative ids, which no trace has.
+        """
+        missing = -(-r.input_tokens // self._trace_block_tokens) - len(r.prefix_blocks)
+        if missing <= 0:
+            return r.prefix_blocks
+        first = -(i + 1) << 24
+        return (*r.prefix_blocks, *range(first, first + missing))
 
 
 def _limit_ps(level: ServiceLevel, metric: str) -> int:
