@@ -12,28 +12,46 @@ cheaper of reload and recompute.  LRU is the special case of a constant value.
 """
 
 from math import log
-from typing import TYPE_CHECKING, Protocol
+from typing import Protocol
 
 from tierline.base.clock import PS_PER_S
 
-if TYPE_CHECKING:
-    from tierline.kv.prefix import PrefixIndex, Run
-
 HITS_TOLD_APART = 8
+
+
+class Run(Protocol):
+    """What a placement may know of cached blocks (`kv.prefix.Run`)."""
+
+    start: int
+    blocks: int
+    hits: int
+    used_ps: int
+    birth: int
+    mask: int
+
+
+class Index(Protocol):
+    """What it may know of the index that asks (`kv.prefix.PrefixIndex`)."""
+
+    last_tier: int
+
+    def penalty_s_per_block(self, run: Run) -> float:
+        """Seconds to compute one block of the run again."""
+        ...
 
 
 class Placement(Protocol):
     """What an index asks of a placement."""
 
-    def key(self, index: "PrefixIndex", run: "Run", tier: int) -> int:
+    def key(self, index: Index, run: Run, tier: int) -> int:
         """Its place in the order of forgetting; the smallest goes first."""
         ...
 
-    def used(self, run: "Run") -> None:
+    def used(self, run: Run) -> None:
         """A request found `run`; called before its hits are counted."""
         ...
 
-    def forgotten(self, index: "PrefixIndex", run: "Run", tier: int) -> None:
+    def forgotten(self, index: Index, run: Run, tier: int) -> None:
         """`tier` gave the run up."""
         ...
 
@@ -41,14 +59,14 @@ class Placement(Protocol):
 class Lru:
     """The run that was not used for longest goes first."""
 
-    def key(self, index: "PrefixIndex", run: "Run", tier: int) -> int:  # noqa: ARG002
+    def key(self, index: Index, run: Run, tier: int) -> int:  # noqa: ARG002
         """The instant of the last use."""
         return run.used_ps
 
-    def used(self, run: "Run") -> None:
+    def used(self, run: Run) -> None:
         """Nothing to learn."""
 
-    def forgotten(self, index: "PrefixIndex", run: "Run", tier: int) -> None:
+    def forgotten(self, index: Index, run: Run, tier: int) -> None:
         """Nothing to learn."""
 
 
@@ -60,7 +78,7 @@ class CostAware:
         self._reached = [1] * (HITS_TOLD_APART + 1)  # runs that were hit h times
         self._again = [1] * (HITS_TOLD_APART + 1)  # of those, hit once more
 
-    def key(self, index: "PrefixIndex", run: "Run", tier: int) -> int:
+    def key(self, index: Index, run: Run, tier: int) -> int:
         """The last use, shifted by the logarithm of the run's value."""
         if tier != index.last_tier:
             return run.used_ps
@@ -69,7 +87,7 @@ class CostAware:
         penalty = index.penalty_s_per_block(run)
         return run.used_ps + int(self.tau_ps * log(reuse * penalty))
 
-    def used(self, run: "Run") -> None:
+    def used(self, run: Run) -> None:
         """Count that runs with so many hits are used again."""
         hits = min(run.hits, HITS_TOLD_APART - 1)
         if run.hits == 0:
@@ -77,7 +95,7 @@ class CostAware:
         self._again[hits] += 1
         self._reached[hits + 1] += 1
 
-    def forgotten(self, index: "PrefixIndex", run: "Run", tier: int) -> None:
+    def forgotten(self, index: Index, run: Run, tier: int) -> None:
         """A run that was never used counts against new ones."""
         if tier == index.last_tier and run.hits == 0:
             self._reached[0] += 1

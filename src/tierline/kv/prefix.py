@@ -29,6 +29,7 @@ from typing import Any, Protocol
 
 from tierline.kv.pages import Pages
 from tierline.kv.placement import Lru, Placement
+from tierline.kv.placement import Run as Cached
 from tierline.kv.transfer import BACKGROUND, DEMAND, DEVICE, DRAM, REMOTE, Transfer
 
 
@@ -151,9 +152,7 @@ class PrefixIndex:
         self.tiers = [Tier(0), *(Tier(blocks) for blocks in capacities)]
         while len(self.tiers) < 4:
             self.tiers.append(Tier(0))
-        in_use = [t for t in range(1, 4) if self.tiers[t].capacity_blocks]
-        self.last_tier = in_use[-1] if in_use else DEVICE
-        self.below = self._neighbours()
+        self._connect()
         self.heads: dict[int, Run] = {}  # by the name of a run's first block
         self.evictable_blocks = 0  # of the device, held by nobody
         self.device_blocks = 0  # in the index
@@ -164,10 +163,16 @@ class PrefixIndex:
         self._penalty_s, self._penalty_depth_s = penalties_s
         self._births = 0
         self._transfers = 0
+
+    def _connect(self) -> None:
+        """Find, from what has any capacity, the last tier and the next one below each."""
+        in_use = [t for t in range(1, 4) if self.tiers[t].capacity_blocks]
+        self.last_tier = in_use[-1] if in_use else DEVICE
         self._offered = range(self.last_tier + 1)
+        self.below = self._neighbours()
 
     def _neighbours(self) -> list[int]:
-        """The next tier below each that has any capacity; 0 where there is none."""
+        """0 where there is none below."""
         below = [0, 0, 0, 0]
         for tier in range(4):
             for lower in range(tier + 1, 4):
@@ -176,7 +181,7 @@ class PrefixIndex:
                     break
         return below
 
-    def penalty_s_per_block(self, run: Run) -> float:
+    def penalty_s_per_block(self, run: Cached) -> float:
         """Seconds to compute one block of the run again."""
         return self._penalty_s + self._penalty_depth_s * run.start
 
@@ -561,6 +566,7 @@ class PrefixIndex:
             if above is run:
                 assert not other.holds, "held below what was forgotten"
                 assert not other.mask & 1, "on the device below what was forgotten"
+                self._let_go(other)
                 for tier in range(1, 4):
                     if other.mask >> tier & 1:
                         self.tiers[tier].stored_blocks -= other.blocks
@@ -568,6 +574,18 @@ class PrefixIndex:
                 other.mask = 0
                 del self.heads[other.chain[other.start]]
         run.children, run.children_in = 0, [0, 0, 0, 0]
+
+    def _let_go(self, run: Run) -> None:
+        """Its pages are free although bytes still move: what lands is of no use any more."""
+        for transfer in (run.arriving, run.leaving):
+            if transfer is not None:
+                transfer.runs.remove(run)
+                self.pages.free += run.blocks * self.pages_per_block
+                if self.names is not None:
+                    self.names.forget(run)
+        if run.leaving is not None:
+            self.leaving_blocks -= run.blocks
+        run.arriving = run.leaving = None
 
     def _offer(self, run: Run) -> None:
         """Put the run up for forgetting in every tier where nothing hangs from it."""
@@ -589,13 +607,16 @@ class PrefixIndex:
         if parent is not None:
             parent.children_in[tier] -= 1
         if not run.mask and run.arriving is None:
-            assert not run.children, "a run without a copy still has children"
-            del self.heads[run.chain[run.start]]
-            if parent is not None:
-                parent.children -= 1
+            self._remove(run)
         if parent is not None:
             parent.used_ps = max(parent.used_ps, run.used_ps)  # a path is as recent as its last use
             self._offer(parent)
+
+    def _remove(self, run: Run) -> None:
+        assert not run.children, "a run without a copy still has children"
+        del self.heads[run.chain[run.start]]
+        if run.parent is not None:
+            run.parent.children -= 1
 
     # --- moving -----------------------------------------------------------------------------
 
@@ -631,22 +652,50 @@ class PrefixIndex:
     def landed(self, transfer: Transfer) -> None:
         """The bytes of a transfer have arrived."""
         self.epoch += 1
-        for run in transfer.runs:
+        for run in list(transfer.runs):
             if transfer.kind == "back":
                 self._left(run)
             elif transfer.target == DEVICE:
-                self._arrived(run)
+                parent = run.parent
+                if parent is None or parent.mask & 1:
+                    self._arrived(run)
+                else:  # what it hangs from went, or never came
+                    self._never_arrived(run)
 
     def lost(self, transfer: Transfer) -> None:
-        """A transfer was given up: what it carried is not where it was going."""
+        """A transfer was given up: what it carried is not where it was going.
+
+        Who waited for it holds nothing any more.
+        """
         self.epoch += 1
         for run in list(transfer.runs):
             if transfer.kind == "back":
                 self._left(run)
             if transfer.target == DEVICE:
-                self._never_arrived(run)
+                if run.arriving is not transfer:
+                    continue  # let go when what it hangs from was lost
+                if run.holds:  # by one who has computed the same blocks: copied on the device
+                    self._arrived(run)
+                else:
+                    self._drop_below(run)
+                    self._never_arrived(run)
             elif run.mask >> transfer.target & 1:
                 self._drop_copy(run, transfer.target)
+
+    def lose_tier(self, tier: int) -> None:
+        """The memory of a tier is gone for good; nothing may be on its way from or to it."""
+        stored = [run for run in self.heads.values() if run.mask >> tier & 1]
+        for run in sorted(stored, key=lambda run: (-run.start, run.birth)):
+            if run.mask >> tier & 1:  # not forgotten with what it hung from
+                self._drop_copy(run, tier)
+        self.resize(tier, 0)
+        self._connect()
+
+    def resize(self, tier: int, blocks: int) -> None:
+        """A tier has more or less room from now on; it holds no more than that."""
+        assert self.tiers[tier].stored_blocks <= blocks
+        self.tiers[tier].capacity_blocks = blocks
+        self.epoch += 1
 
     def _left(self, run: Run) -> None:
         run.leaving = None
@@ -673,7 +722,38 @@ class PrefixIndex:
         self.pages.free += run.blocks * self.pages_per_block
         if self.names is not None:
             self.names.forget(run)
-        self._offer(run)
+        if run.mask:
+            self._offer(run)
+        else:
+            self._orphan(run)
+            self._remove(run)
+
+    def _drop_below(self, run: Run) -> None:
+        """Forget, on the device, what hangs from a run that did not come; nobody holds it."""
+        below = []
+        for other in self.heads.values():
+            above = other.parent
+            while above is not None and above is not run:
+                above = above.parent
+            if above is run and (other.mask & 1 or other.arriving is not None):
+                below.append(other)
+        for other in sorted(below, key=lambda other: -other.start):
+            if self.heads.get(other.chain[other.start]) is not other:
+                continue  # forgotten with what it hung from
+            assert not other.holds, "held below what never came"
+            if other.mask == 1 or not other.mask:
+                self._orphan(other)
+            if other.mask & 1:
+                self.evictable_blocks -= other.blocks
+                self.device_blocks -= other.blocks
+                self.pages.free += other.blocks * self.pages_per_block
+                if self.names is not None:
+                    self.names.forget(other)
+                self._clear(other, DEVICE)
+            else:
+                self._let_go(other)
+                if not other.mask:
+                    self._remove(other)
 
     def _drop_copy(self, run: Run, tier: int) -> None:
         if run.mask == 1 << tier and run.children:

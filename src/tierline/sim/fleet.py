@@ -17,31 +17,18 @@ from collections.abc import Callable, Iterable, Iterator
 from collections.abc import Sequence as Seq
 from heapq import heappop, heappush
 from itertools import count
-from typing import Any, Protocol
+from typing import Any
 
 from tierline.base.clock import FOREVER_PS
 from tierline.base.errors import DoesNotFitError
 from tierline.base.rng import stream_seed
 from tierline.scheduling.sequence import Sequence
 from tierline.sim.record import FINISHED, REFUSED, Requests, Steps
-from tierline.sim.replica import CONTROL, LINK_DONE, Replica
+from tierline.sim.replica import CONTROL, LINK_DONE, Event, Pools, Replica
 from tierline.sim.watch import Watch
 
-Event = tuple[int, int, int, int, Any]  # (time, rank, replica, serial or version, payload)
 Route = Callable[[Sequence, int], int | None]  # (request, now) -> replica, None: nobody accepts
 Action = Callable[..., None]
-
-
-class Pools(Protocol):
-    """Who computes prompts in one place and decodes in another (`sim.pools`)."""
-
-    def hands_over(self, replica: Replica, sequence: Sequence) -> bool:
-        """Whether a computed prompt is decoded elsewhere."""
-        ...
-
-    def handed_over(self, replica: Replica, sequence: Sequence, now_ps: int) -> None:
-        """It was computed here, and its cache leaves now."""
-        ...
 
 
 class Fleet:
@@ -72,7 +59,7 @@ class Fleet:
         self.on_end: Callable[[Replica, Sequence, int], None] | None = None
         self.progress: Callable[[int], None] | None = None
         self._arrivals = arrivals
-        self._heap: list[Event] = []
+        self.heap: list[Event] = []  # what is due; replicas put their own events on it
         self._awake: dict[int, Replica] = {}
         self._serial = count()
         for replica in replicas:
@@ -88,14 +75,10 @@ class Fleet:
 
     # --- what replicas and operators call ---------------------------------------------------
 
-    def push(self, event: Event) -> None:
-        """Put an event of a replica on the heap."""
-        heappush(self._heap, event)
-
     def later(self, at_ps: int, action: Action, *arguments: Any) -> None:
         """Call `action(now_ps, *arguments)` at an instant."""
         serial = next(self._serial)
-        heappush(self._heap, (at_ps, CONTROL, -1, serial, (action, arguments)))
+        heappush(self.heap, (at_ps, CONTROL, -1, serial, (action, arguments)))
 
     def wake(self, replica: Replica) -> None:
         """The replica should decide at the end of this instant."""
@@ -122,7 +105,7 @@ class Fleet:
 
     def run(self, until_ps: int = FOREVER_PS) -> int:
         """Until nothing is left to happen, or an instant; returns the last instant."""
-        heap, replicas, awake = self._heap, self.replicas, self._awake
+        heap, replicas, awake = self.heap, self.replicas, self._awake
         coming = next(self._arrivals, None)
         arrival_ps = coming.arrival_ps if coming is not None else FOREVER_PS
         arrived = 0
@@ -136,8 +119,13 @@ class Fleet:
                     payload[0](now_ps, *payload[1])
                 elif rank == LINK_DONE:
                     replicas[number].link_done(payload, version, now_ps)
-                elif replicas[number].step_done(version, now_ps):
-                    awake[number] = replicas[number]
+                else:
+                    replica = replicas[number]
+                    if replica.step_done(version, now_ps):
+                        if not awake and arrival_ps > now_ps and heap and heap[0][0] > now_ps:
+                            replica.ask(now_ps)  # nothing else is due: no need to wait
+                            continue
+                        awake[number] = replica
             elif coming is not None and arrival_ps <= until_ps:
                 self.now_ps = now_ps = arrival_ps
                 self.arrive(coming)

@@ -11,9 +11,10 @@ before a step ("swap-out") stalls it.
 
 import random
 from bisect import bisect_left
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from collections.abc import Sequence as Seq
 from heapq import heappop, heappush
-from typing import TYPE_CHECKING
+from typing import Any, Protocol
 
 from tierline.base.clock import FOREVER_PS, PS_PER_S
 from tierline.kv.link import Link
@@ -22,12 +23,57 @@ from tierline.perf.line import StepLine, steps_before
 from tierline.scheduling.scheduler import Scheduler
 from tierline.scheduling.sequence import Sequence
 from tierline.scheduling.step import Step
-from tierline.sim.record import ReplicaTotals
+from tierline.sim.record import ReplicaTotals, Steps
 
-if TYPE_CHECKING:
-    from tierline.sim.fleet import Fleet
-
+Event = tuple[int, int, int, int, Any]  # (time, rank, replica, serial or version, payload)
 LINK_DONE, STEP_DONE, CONTROL = range(3)  # who goes first at one instant; arrivals come after
+
+
+class Pools(Protocol):
+    """Who computes prompts in one place and decodes in another (`sim.pools`)."""
+
+    def hands_over(self, replica: "Replica", sequence: Sequence) -> bool:
+        """Whether a computed prompt is decoded elsewhere."""
+        ...
+
+    def handed_over(self, replica: "Replica", sequence: Sequence, now_ps: int) -> None:
+        """It was computed here, and its cache leaves now."""
+        ...
+
+
+class Watcher(Protocol):
+    """Who wants to know about some requests (`sim.watch`)."""
+
+    def stepped(
+        self, replica: "Replica", step: Step, *, repeats: int, start_ps: int, now_ps: int
+    ) -> None:
+        """A step ended; called before it is accounted."""
+        ...
+
+
+class Home(Protocol):
+    """What a replica needs of the fleet it lives in (`sim.fleet.Fleet`)."""
+
+    now_ps: int
+    repeats_max: int
+    heap: list[Event]
+    outputs: Seq[int]
+    rng: random.Random
+    steps: Steps | None
+    watch: Watcher | None
+    pools: Pools | None
+
+    def later(self, at_ps: int, action: Callable[..., None], *arguments: Any) -> None:
+        """Call `action(now_ps, *arguments)` at an instant."""
+        ...
+
+    def wake(self, replica: "Replica") -> None:
+        """The replica should decide at the end of this instant."""
+        ...
+
+    def finished(self, replica: "Replica", s: Sequence, now_ps: int) -> None:
+        """A request has its last token."""
+        ...
 
 
 class Speculation:
@@ -68,7 +114,7 @@ class Replica:
         self.number, self.scheduler, self.line = number, scheduler, line
         self.links, self.totals = dict(links), totals
         self.host_ps, self.wait_steps, self.speculation = host_ps, wait_steps, speculation
-        self.fleet: Fleet
+        self.fleet: Home
         self.accepting = True
         self.alive = True
         self.requests_outstanding = 0
@@ -86,14 +132,10 @@ class Replica:
         self._worst: dict[int, int] = {}  # their longest gap so far
         self.sequences: dict[int, Sequence] = {}  # everybody who is here
         chunk = scheduler.limits.chunk_tokens
-        self._speed_permille = max(chunk * PS_PER_S // (10 * line.line(0, 0, [(0, chunk)])[0]), 1)
+        # Prompt tokens a second, in thousandths of a reference of 10,000 tokens a second.
+        self.speed_permille = max(chunk * PS_PER_S // (10 * line.line(0, 0, [(0, chunk)])[0]), 1)
 
     # --- what routers ask -------------------------------------------------------------------
-
-    @property
-    def speed_permille(self) -> int:
-        """Prompt tokens a second, in thousandths of a reference of 10,000 tokens a second."""
-        return self._speed_permille
 
     def cached_tokens(self, sequence: Sequence) -> int:
         """Tokens of the prompt's prefix that are in this replica's KV, whatever the tier."""
@@ -101,7 +143,7 @@ class Replica:
             return 0
         scheduler = self.scheduler
         limit = sequence.prompt_tokens // scheduler.layout.block_tokens
-        found = scheduler.index.peek(sequence.chain, limit)[0]
+        found = scheduler.index.found(sequence.chain, limit)
         step = self.step
         if step is not None and self.repeats > 1 and step.chunks:
             found = self._published_meanwhile(sequence, found, limit, step)
@@ -231,7 +273,7 @@ class Replica:
             self._start_ps + repeats * self._alpha + self._beta * (repeats * (repeats - 1) // 2)
         )
         self._version += 1
-        self.fleet.push((self._end_ps, STEP_DONE, self.number, self._version, None))
+        heappush(self.fleet.heap, (self._end_ps, STEP_DONE, self.number, self._version, None))
 
     def step_done(self, version: int, now_ps: int) -> bool:
         """The step under way has ended, unless it was cut since; whether it has."""
@@ -400,7 +442,7 @@ class Replica:
         version = self._link_versions[way] = self._link_versions[way] + 1
         end_ps = self.links[way].next_done_ps()
         if end_ps < FOREVER_PS:
-            self.fleet.push((max(end_ps, now_ps), LINK_DONE, self.number, version, way))
+            heappush(self.fleet.heap, (max(end_ps, now_ps), LINK_DONE, self.number, version, way))
 
     def link_done(self, way: tuple[int, int], version: int, now_ps: int) -> None:
         """A transfer may have landed."""
