@@ -60,8 +60,12 @@ class Home(Protocol):
     outputs: Seq[int]
     rng: random.Random
     steps: Steps | None
-    watch: Watcher | None
     pools: Pools | None
+
+    @property
+    def watch(self) -> Watcher | None:
+        """Who is told of steps, if anybody."""
+        ...
 
     def later(self, at_ps: int, action: Callable[..., None], *arguments: Any) -> None:
         """Call `action(now_ps, *arguments)` at an instant."""
