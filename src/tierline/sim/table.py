@@ -45,8 +45,9 @@ def write_requests(run: Run, path: Path) -> None:
             _write_csv(columns, packed(file) if suffix == ".csv.gz" else file)
 
 
-def read_requests(path: Path) -> Run:
+def read_requests(path: Path | str) -> Run:
     """The run of a table: its requests, and classes by name without their promises."""
+    path = Path(path)
     columns = _read_parquet(path) if _suffix(path) == ".parquet" else _read_csv(path)
     missing = [name for name in (*LABELS, *FACTS) if name not in columns]
     if missing:

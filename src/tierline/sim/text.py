@@ -23,7 +23,7 @@ def render(summary: Summary) -> str:
     sections = [
         [headline(summary)],
         ["Latency", *table_lines([_LATENCY_HEAD, *_latencies(summary.all)])],
-        ["Classes", *_groups(summary.levels)],
+        ["Classes", *_groups(summary.levels)] if len(summary.levels) > 1 else [],
         ["Promises", *_promises(summary)],
         ["Tenants", *_groups(summary.tenants)] if summary.fairness.tenants > 1 else [],
         ["Fleet", *_fleet(summary)],
