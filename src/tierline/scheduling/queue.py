@@ -17,7 +17,7 @@ from heapq import heapify, heappop, heappush
 from typing import Any
 
 from tierline.scheduling.policy import Policy
-from tierline.scheduling.sequence import DONE, LATE, OWED, WAITING, Sequence
+from tierline.scheduling.sequence import BACKGROUND, DONE, LATE, OWED, WAITING, Sequence
 
 Entry = tuple[int, Any, int, Sequence]
 
@@ -36,14 +36,15 @@ class Lane:
 class WaitingLine:
     """All sequences that wait for memory, a slot, or their turn."""
 
-    __slots__ = ("_by_rank", "_floors", "_from", "_lanes", "_late", "_ranks", "waiting")
+    __slots__ = ("_by_rank", "_floors", "_from", "_lanes", "_late", "_patient", "_ranks", "waiting")
 
     def __init__(self, policy: Policy) -> None:
         floors = policy.floors_percent
         self._by_rank = bool(floors)
         self._late = Lane(policy.late_floor_percent)
         self._ranks = [Lane(percent) for percent in floors] or [Lane()]
-        self._lanes = [*self._ranks, self._late]
+        self._patient = Lane()  # background, apart: shedding looks through everybody else
+        self._lanes = [*self._ranks, self._patient, self._late]
         self._floors = [lane for lane in self._lanes if lane.floor_percent]
         self._from = self._late  # the lane that answered `head` last
         self.waiting = 0
@@ -134,6 +135,8 @@ class WaitingLine:
     def _lane_of(self, sequence: Sequence) -> Lane:
         if sequence.band == LATE:
             return self._late
+        if sequence.band == BACKGROUND and not self._by_rank:
+            return self._patient
         return self._ranks[min(sequence.rank, len(self._ranks) - 1) if self._by_rank else 0]
 
     def _top(self, lane: Lane) -> Entry | None:
