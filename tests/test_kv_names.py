@@ -100,7 +100,7 @@ class Memory:
     def write(self, sequence: int, tokens: list[int]) -> None:
         done = len(self.tokens[sequence])
         for g, table in enumerate(self.names.tables(sequence)):
-            for position in range(done, len(tokens)):
+            for position in range(max(done, table.first_token), len(tokens)):
                 block, offset = divmod(position, B)
                 for part, page in enumerate(table.block(block)):
                     assert self.names.pool.references(page) == 1  # INV-KV-2
@@ -205,12 +205,32 @@ class NamesMachine(RuleBasedStateMachine):
     @precondition(lambda self: self.memory.tokens)
     @rule(d=st.data())
     def release(self, d: st.DataObject) -> None:
-        sequence = d.draw(st.sampled_from(sorted(self.memory.tokens)))
+        self.release_of(d.draw(st.sampled_from(sorted(self.memory.tokens))))
+
+    def release_of(self, sequence: int) -> None:
         self.memory.names.release(sequence)
         del self.memory.tokens[sequence]
         self.memory.published.pop(sequence, None)
         self.memory.rolled_back.discard(sequence)
         self.publishes.pop(sequence, None)
+
+    @precondition(lambda self: self.memory.tokens)
+    @rule(d=st.data())
+    def move_out_and_back(self, d: st.DataObject) -> None:
+        """A swap: private blocks everywhere, and of a window only what is kept."""
+        memory, names = self.memory, self.memory.names
+        sequence = d.draw(st.sampled_from(sorted(memory.tokens)))
+        tokens = memory.tokens[sequence]
+        self.release_of(sequence)
+        free = names.pool.blocks_free
+        room = names.layout.pages(len(tokens)) <= free
+        assert names.resume(sequence, len(tokens)) == room
+        if not room:
+            assert names.pool.blocks_free == free
+            return
+        memory.tokens[sequence] = []
+        memory.write(sequence, tokens)
+        memory.tokens[sequence] = tokens
 
     @precondition(lambda self: self.memory.runs)
     @rule(d=st.data())

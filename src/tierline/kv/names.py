@@ -97,6 +97,15 @@ class BlockNames:
         for group, table in enumerate(self._open(sequence_id)):
             table.adopt([page for pages in held for page in pages[group]])
 
+    def resume(self, sequence_id: int, tokens: int) -> bool:
+        """Room for a sequence whose `tokens` were moved elsewhere and come back, if there is."""
+        assert sequence_id not in self._tables, "it is here already"
+        if self.layout.pages(tokens) > self.pool.blocks_free:
+            return False
+        for table in self._open(sequence_id):
+            table.resume(tokens)
+        return True
+
     def slide(self, sequence_id: int) -> None:
         """A step is accounted: release what the windows have passed."""
         for table in self._tables[sequence_id]:

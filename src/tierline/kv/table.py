@@ -45,6 +45,11 @@ class BlockTable:
         return len(self._pages) // self._group.pages_per_block
 
     @property
+    def first_token(self) -> int:
+        """The first position that is still held."""
+        return self._holes * self._block_tokens
+
+    @property
     def pages_held(self) -> list[int]:
         """Every page that this table holds, in order."""
         return self._pages[self._holes * self._group.pages_per_block :]
@@ -78,6 +83,17 @@ class BlockTable:
         self._pages = [HOLE] * (holes * width) + list(pages[holes * width :])
         self._holes = holes
         self.tokens = self.room_tokens = tokens
+
+    def resume(self, tokens: int) -> None:
+        """Room for tokens that come back from elsewhere: of a window only what is kept."""
+        assert not self._pages, "a table resumes before it grows"
+        width = self._group.pages_per_block
+        fresh = self._pool.take(self._group.blocks(tokens, self._block_tokens) * width)
+        assert fresh is not None, "resume asks for more than was reserved"
+        self._holes = self._group.blocks_released(tokens, self._block_tokens)
+        self._pages = [HOLE] * (self._holes * width) + fresh
+        self.tokens = tokens
+        self.room_tokens = self.blocks * self._block_tokens
 
     def fork(self) -> "BlockTable":
         """A second table with the same tokens, sharing every block."""
