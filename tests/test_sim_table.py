@@ -8,15 +8,20 @@ import pytest
 
 from runs import served_run
 from tierline.base.errors import DependencyError, InputError
+from tierline.sim import table
 from tierline.sim.measure import summary
 from tierline.sim.table import read_requests, write_requests
 
 FORMATS = ("requests.csv", "requests.csv.gz", "requests.parquet")
 
 
+@pytest.mark.parametrize("at_once", [50_000, 17])
 @pytest.mark.parametrize("name", FORMATS)
-def test_a_table_that_is_read_back_has_the_hash_of_its_run(tmp_path: Path, name: str) -> None:
-    """INV-SIM-22, and every other column with it."""
+def test_a_table_that_is_read_back_has_the_hash_of_its_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, at_once: int
+) -> None:
+    """INV-SIM-22, and every other column with it; however many rows are written at once."""
+    monkeypatch.setattr(table, "ROWS_AT_ONCE", at_once)
     run = served_run(count=120)
     write_requests(run, tmp_path / name)
     again = read_requests(tmp_path / name)

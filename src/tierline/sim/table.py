@@ -12,7 +12,7 @@ import csv
 import gzip
 import importlib
 import io
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import IO, Any
 
@@ -26,6 +26,7 @@ from tierline.workload.slo import ServiceLevel
 
 LABELS = {"class": "level", "tenant": "tenant", "model": "model", "outcome": "outcome"}
 FACTS = tuple(name for name in Requests.__slots__ if name not in LABELS.values())
+ROWS_AT_ONCE = 50_000
 SUFFIXES = (".csv", ".csv.gz", ".parquet")
 
 
@@ -35,14 +36,13 @@ def write_requests(run: Run, path: Path) -> None:
     A reader sees the old file or the whole new one. Raises `DependencyError` when the folder
     cannot be written, or for parquet without pyarrow.
     """
-    columns, suffix = table(run), _suffix(path)
-    if suffix == ".parquet":
-        arrow, parquet = _arrow()
+    suffix = _suffix(path)
+    arrow, parquet = _arrow() if suffix == ".parquet" else (None, None)
     with whole_file(path) as file:
         if suffix == ".parquet":
-            parquet.write_table(arrow.table(columns), file)
+            _write_parquet(run, file, arrow, parquet)
         else:
-            _write_csv(columns, packed(file) if suffix == ".csv.gz" else file)
+            _write_csv(run, packed(file) if suffix == ".csv.gz" else file)
 
 
 def read_requests(path: Path | str) -> Run:
@@ -76,25 +76,26 @@ def read_requests(path: Path | str) -> Run:
     )
 
 
-def table(run: Run) -> dict[str, list[Any]]:
-    """The columns by name, in the order in which they are written."""
-    requests = run.requests
+def table(run: Run) -> Iterator[dict[str, list[Any]]]:
+    """The columns by name, in the order in which they are written, some rows at a time."""
+    requests, latencies, good = run.requests, latencies_ps(run.requests), good_requests(run)
     names = {
         "class": [level.name for level in run.levels],
         "tenant": run.tenants,
         "model": run.models,
         "outcome": OUTCOMES,
     }
-    columns: dict[str, list[Any]] = {"request": list(range(len(requests)))}
-    for name, attribute in LABELS.items():
-        columns[name] = [names[name][i] for i in getattr(requests, attribute)]
-    columns |= {name: getattr(requests, name).tolist() for name in FACTS}
-    columns["good"] = [int(good) for good in good_requests(run).tolist()]
-    latencies = latencies_ps(requests)
-    for name in LATENCIES:
-        values = latencies[name].tolist()
-        columns[f"{name}_s"] = [None if v < 0 else v / PS_PER_S for v in values]
-    return columns
+    for first in range(0, max(len(requests), 1), ROWS_AT_ONCE):
+        rows = slice(first, first + ROWS_AT_ONCE)
+        columns: dict[str, list[Any]] = {"request": list(range(*rows.indices(len(requests))))}
+        for name, attribute in LABELS.items():
+            columns[name] = [names[name][i] for i in getattr(requests, attribute)[rows]]
+        columns |= {name: getattr(requests, name)[rows].tolist() for name in FACTS}
+        columns["good"] = good[rows].astype(int).tolist()
+        for name in LATENCIES:
+            values = latencies[name][rows].tolist()
+            columns[f"{name}_s"] = [None if v < 0 else v / PS_PER_S for v in values]
+        yield columns
 
 
 # --- formats --------------------------------------------------------------------------------
@@ -109,11 +110,13 @@ def _suffix(path: Path) -> str:
     return found
 
 
-def _write_csv(columns: dict[str, list[Any]], file: IO[bytes]) -> None:
+def _write_csv(run: Run, file: IO[bytes]) -> None:
     with io.TextIOWrapper(file, encoding="utf-8", newline="") as text:
         writer = csv.writer(text, lineterminator="\n")
-        writer.writerow(columns)
-        writer.writerows(zip(*columns.values(), strict=True))
+        for i, columns in enumerate(table(run)):
+            if i == 0:
+                writer.writerow(columns)
+            writer.writerows(zip(*columns.values(), strict=True))
 
 
 def _read_csv(path: Path) -> dict[str, list[str]]:
@@ -132,6 +135,19 @@ def _read_csv(path: Path) -> dict[str, list[str]]:
     if cells and len(cells) != len(head):
         raise InputError(f"table {str(path)!r} has rows longer than its head")
     return dict(zip(head, map(list, cells or [()] * len(head)), strict=True))
+
+
+def _write_parquet(run: Run, file: IO[bytes], arrow: Any, parquet: Any) -> None:
+    kinds = dict.fromkeys(("request", *FACTS, "good"), arrow.int64())
+    kinds |= dict.fromkeys(LABELS, arrow.string())
+    schema: Any = None
+    writer: Any = None
+    for columns in table(run):
+        if writer is None:
+            schema = arrow.schema([(n, kinds.get(n, arrow.float64())) for n in columns])
+            writer = parquet.ParquetWriter(file, schema)
+        writer.write_table(arrow.table(columns, schema=schema))
+    writer.close()
 
 
 def _read_parquet(path: Path) -> dict[str, list[Any]]:
