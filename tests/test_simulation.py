@@ -176,6 +176,7 @@ def test_a_trace_that_names_only_shared_blocks_shares_only_those(inputs: Path) -
         (["--trace", "none.jsonl"], "none.jsonl"),
         (["--trace", "crowd.jsonl", "--compare", "tierlin"], "did you mean: tierline"),
         (["--trace", "crowd.jsonl", "--table", "xls", "-o", "x"], "csv.gz"),
+        (["--trace", "crowd.jsonl", "--request", "120", "-o", "x"], "0 to 119"),
         (["--trace", "lengths.csv"], "no arrival times"),
         (["--trace", "empty.csv"], "no rows"),
     ],
@@ -238,7 +239,7 @@ def test_explain_tells_the_slowest_and_any_other(
     ("argv", "said"),
     [
         (["120"], "0 to 119"),
-        (["-1"], "the number of a request"),
+        (["-1"], "not the number of a request"),
         (["seven"], "requests.csv"),
         (["7", "--policy", "edf"], "policy of this run"),
     ],

@@ -86,7 +86,8 @@ def sim(args: argparse.Namespace) -> int:
         policies=_names(args.compare),
         seed=args.seed,
     )
-    done = run_all(replay, watched=args.output is not None, progress=True)
+    watched = args.output is not None
+    done = run_all(replay, watched=watched, request=args.request, progress=True)
     paths = []
     if args.output is not None:
         paths = write_simulation(done, Path(args.output), table=args.table)
@@ -407,6 +408,11 @@ def _add_sim(commands: Any) -> None:
         metavar="POLICY,...",
         help="tierline, fcfs, shortest, priority, edf; vllm-v1, sglang, trtllm-no-evict, "
         "trtllm-max-utilization, static (default: the deployment's own)",
+    )
+    command.add_argument(
+        "--request",
+        default="slowest",
+        help="whose life the page draws: a number, or the slowest to its first token (default)",
     )
     command.add_argument(
         "--table", default="csv", help="format of the requests: csv, csv.gz, parquet (default csv)"

@@ -79,7 +79,7 @@ class Simulation:
     loaded: Loaded
     runs: tuple[Run, ...]
     summaries: tuple[Summary, ...]
-    request: int | None  # the slowest to its first token, watched
+    request: int | None  # the one that is watched in the first run
 
 
 def replay_of(
@@ -161,24 +161,39 @@ def run_policy(
         )
 
 
-def run_all(replay: Replay, *, watched: bool = False, progress: bool = False) -> Simulation:
-    """Every policy of the replay; `watched` runs the best again, with steps and its slowest."""
+def run_all(
+    replay: Replay, *, watched: bool = False, request: str = SLOWEST, progress: bool = False
+) -> Simulation:
+    """Every policy of the replay, the one with the most good requests first.
+
+    `watched` runs that one again with its steps, watching `request`: a number, or the slowest
+    to its first token.
+    """
     loaded = load(replay)
     runs = [run_policy(loaded, name, progress=progress) for name in replay.policies]
     told = [summary(run) for run in runs]
     order = sorted(range(len(runs)), key=lambda i: (-told[i].all.good_share, i))
     runs, told = [runs[i] for i in order], [told[i] for i in order]
-    late = slowest(runs[0], 1, latency="ttft") if watched else []
-    if watched:
-        best = run_policy(loaded, runs[0].policy, keep_steps=True, watch=late, progress=progress)
+    chosen = _chosen(runs[0], request) if watched else None
+    if chosen is not None:
+        policy = runs[0].policy
+        best = run_policy(loaded, policy, keep_steps=True, watch=[chosen], progress=progress)
         assert best.hash() == runs[0].hash(), "keeping steps changed the run"
         runs[0] = best
-    return Simulation(
-        loaded=loaded,
-        runs=tuple(runs),
-        summaries=tuple(told),
-        request=late[0] if late else None,
-    )
+    return Simulation(loaded=loaded, runs=tuple(runs), summaries=tuple(told), request=chosen)
+
+
+def _chosen(run: Run, request: str) -> int:
+    """The number of the request that a person means."""
+    if request == SLOWEST:
+        return next(iter(slowest(run, 1, latency="ttft")), 0)
+    last = len(run.requests) - 1
+    if not request.isdigit() or int(request) > last:
+        raise InputError(
+            f"{request!r} is not the number of a request",
+            hint=f"0 to {last}, as in the first column of requests.csv; or the word {SLOWEST}",
+        )
+    return int(request)
 
 
 # --- the folder -----------------------------------------------------------------------------
@@ -255,23 +270,17 @@ def explain_request(
     replay, hashes = read_replay(folder)
     chosen = policy or next(iter(hashes))
     lookup("policy of this run", chosen, hashes)
-    if request != SLOWEST and not request.isdigit():
-        raise InputError(
-            f"{request!r} is not the number of a request",
-            hint="the first column of requests.csv, or the word slowest",
-        )
     if _digest(Path(replay.trace)) != replay.trace_sha256:
         raise InputError(
             f"trace {replay.trace!r} has changed since it was simulated",
             hint="run `tierline sim` again",
         )
     loaded = load(replay)
-    if request == SLOWEST:
-        late = slowest(run_policy(loaded, chosen, progress=progress), 1, latency="ttft")
-        watched = late[0] if late else 0
-    else:
-        watched = int(request)
-    run = run_policy(loaded, chosen, watch=[watched], progress=progress)
+    known = [int(request)] if request.isdigit() else []
+    run = run_policy(loaded, chosen, watch=known, progress=progress)
+    watched = _chosen(run, request)
+    if not known:
+        run = run_policy(loaded, chosen, watch=[watched], progress=progress)
     if run.hash() != hashes[chosen]:
         raise InputError(
             f"the run of {str(folder)!r} has hash {hashes[chosen]}, and now {run.hash()}",
