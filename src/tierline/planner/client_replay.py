@@ -155,9 +155,9 @@ class _Client:
         while self.waiting:
             sent = self.waiting[0]
             need = sent.inputs + sent.outputs // 2
-            if not idle and (
-                sent.visible_tick > self.tick or self.reserved + need > self.instance.kv_tokens
-            ):
+            full = len(self.running) + len(self.computing) >= self.instance.sequences_max
+            full = full or self.reserved + need > self.instance.kv_tokens
+            if not idle and (sent.visible_tick > self.tick or full):
                 return
             idle = False
             self.reserved += need

@@ -25,13 +25,17 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from tierline.base.errors import InputError, TierlineError
-from tierline.catalog.formats import weight_format
 from tierline.catalog.gpu import GpuSpec
-from tierline.catalog.gpus import supports
 from tierline.catalog.model import ModelSpec
 from tierline.perf.step import EngineProfile, Layout, load_engine
 from tierline.planner.measured import Row
-from tierline.planner.measured_names import engine_named, gpu_named, model_named, weights_of
+from tierline.planner.measured_names import (
+    engine_named,
+    gpu_named,
+    model_named,
+    runs_as,
+    weights_of,
+)
 from tierline.planner.recipes import Labels, Launch, launch_of
 
 Record = Mapping[str, str]
@@ -42,6 +46,7 @@ COLUMNS = {  # what tells a format; more columns are welcome
     "MLPerf Inference": ("model", "scenario", "accelerator", "n_accel", "metric", "value"),
 }
 TRTLLM_BUDGET = 8192
+WHOLE_MAX = 1_000_000  # tokens, clients, degrees: more is a slip of the pen
 APART = "prefill and decode pools apart"
 
 
@@ -160,8 +165,9 @@ def _whole(record: Record, key: str, *, least: int, default: int | None = None) 
         value = int(float(text))
     except (ValueError, OverflowError):
         raise InputError(f"{key} {text!r} is not a number") from None
-    if value < least:
-        raise InputError(f"{key} {text!r} is below {least}")
+    if not least <= value <= WHOLE_MAX:
+        bound = f"below {least}" if value < least else f"above {WHOLE_MAX:,}"
+        raise InputError(f"{key} {text!r} is {bound}")
     return value
 
 
@@ -202,7 +208,7 @@ def _inferencex(record: Record, where: str) -> Row:
     model, gpu = model_named(record["model"]), gpu_named(record["gpu_system"])
     engine = engine_named(record["engine"])
     precision = record.get("precision") or record.get("moe_quant") or record.get("gemm_quant", "")
-    weights = weights_of(precision, record["model"], model, blocks=True)
+    weights = runs_as(weights_of(precision, record["model"], model, blocks=True), gpu)
     tp, dp, ep = _degrees(record)
     layout = Layout(
         weights=weights,
@@ -294,10 +300,7 @@ def _trtllm(record: Record, where: str) -> Row:
     """Offline throughput, or the time to first token of a static batch."""
     model, gpu = model_named(record["model"]), gpu_named(record["gpu"])
     engine = engine_named(record.get("engine") or "trtllm")
-    weights = weights_of(record["precision"], record["model"], model)
-    unsupported = supports(gpu, weight_format(weights))
-    if unsupported is not None:
-        raise InputError(unsupported)
+    weights = runs_as(weights_of(record["precision"], record["model"], model), gpu)
     metric, value = record["metric"], _positive(record, "value")
     if value is None:
         raise InputError("value is empty")
@@ -338,7 +341,7 @@ def _mlperf(record: Record, where: str) -> Row:
     mixtral = model.name == "mixtral-8x7b"
     least = {"h100-sxm": 2, "h100-pcie": 4, "l40s": 8}.get(gpu.name, 1)
     least = min({"l40s": 4}.get(gpu.name, 1) if mixtral else least, accelerators)
-    weights = "nvfp4" if gpu.name == "b200" else "fp8"
+    weights = runs_as("nvfp4" if gpu.name == "b200" else "fp8", gpu)
     return Row(
         source="mlperf",
         where=where,
@@ -426,7 +429,7 @@ def _run(
     if engine is None or "model" not in record or "gpu" not in record:
         raise InputError("the run names no model, gpu, or engine (vllm, sglang or trtllm)")
     model, gpu = model_named(record["model"]), gpu_named(record["gpu"])
-    weights = weights_of(record.get("dtype", ""), record["model"], model)
+    weights = runs_as(weights_of(record.get("dtype", ""), record["model"], model), gpu)
     kv = record.get("kv_cache", "auto").casefold()
     tp, dp = (_whole(record, key, least=1, default=1) for key in ("tp", "dp"))
     return Run(

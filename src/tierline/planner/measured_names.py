@@ -11,9 +11,9 @@ import re
 from tierline.base.errors import InputError, SpecError
 from tierline.base.files import read_text
 from tierline.base.names import lookup
-from tierline.catalog.formats import WEIGHT_FORMATS
+from tierline.catalog.formats import WEIGHT_FORMATS, weight_format
 from tierline.catalog.gpu import GpuSpec
-from tierline.catalog.gpus import gpu_names, load_gpu
+from tierline.catalog.gpus import gpu_names, load_gpu, supports
 from tierline.catalog.model import ModelSpec
 from tierline.catalog.models import ALIASES, known_models, load_model
 from tierline.perf.step import EngineProfile, engine_names, load_engine
@@ -64,6 +64,8 @@ PRECISIONS = {
     "awq": "int4-g128",
     "gptq": "int4-g128",
 }
+# How engines run what an accelerator has no math for: the same bits, computed in 16.
+WEIGHT_ONLY = {"fp8": "int8-g128", "fp8-block": "int8-g128", "nvfp4": "int4-g128"}
 PRECISION_IN_NAME = re.compile(r"(nvfp4|mxfp4|fp8|fp4|int4|int8|awq|gptq|bf16)")
 
 
@@ -137,3 +139,14 @@ def weights_of(precision: str, name: str, model: ModelSpec, *, blocks: bool = Fa
     if said == "fp8" and model.is_moe and (blocks or model.native_format == "fp8-block"):
         return "fp8-block"
     return lookup("precision", said, {f: f for f in WEIGHT_FORMATS}, error=InputError)
+
+
+def runs_as(weights: str, gpu: GpuSpec) -> str:
+    """The format that `weights` run in on `gpu`: itself, or its bits without its math."""
+    if supports(gpu, weight_format(weights)) is None:
+        return weights
+    stand_in = WEIGHT_ONLY.get(weights, weights)
+    problem = supports(gpu, weight_format(stand_in))
+    if problem is not None:
+        raise InputError(problem)
+    return stand_in
