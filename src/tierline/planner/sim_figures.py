@@ -250,7 +250,9 @@ def memory_figure(run: Run) -> Picture:
         unit="%",
         limit=("full", 1.0),
         faults=_fault_times(run),
-        note="Lower tiers are drawn against the most that they ever held.",
+        note="Lower tiers are drawn against the most that they ever held."
+        if len(series) > 1
+        else "No tier below the device held anything.",
     )
 
 
