@@ -32,7 +32,7 @@ from tierline.scheduling.scheduler import Limits, Scheduler
 from tierline.scheduling.sequence import Sequence
 from tierline.scheduling.step import Step
 
-RUNNING, WAITING, STEPS, WARM_UP = 256, 10_000, 3000, 1500
+RUNNING, WAITING, STEPS, WARM_UP = 256, 10_000, 3000, 2500
 BLOCK_TOKENS, BATCH_TOKENS, BLOCKS = 16, 2048, 35_000
 BUDGET_MEDIAN_US, BUDGET_P99_US = 100.0, 1000.0
 TTFT_S = (1, 5, 600)
@@ -71,7 +71,7 @@ class Standing:
         rng, i = Random(3), 0
         while True:
             rank = rng.randrange(3)
-            prompt_tokens, output_tokens = rng.randrange(200, 1800), rng.randrange(50, 400)
+            prompt_tokens, output_tokens = rng.randrange(200, 1800), rng.randrange(300, 900)
             yield Sequence(
                 i,
                 arrival_ps=self.now_ps,
