@@ -98,8 +98,8 @@ class Policy:
     adaptive_chunk: bool = False  # sizes prompt chunks by the tightest ITL target
     gives_way: bool = False  # background decodes leave for a waiting prompt that is not
     swaps: bool = False  # preempted work may park in DRAM instead of being recomputed
-    floors_percent: tuple[int, ...] = ()  # guaranteed share of token service, by rank
-    late_floor_percent: int = 0  # the same for those that stepped back
+    floors_percent: tuple[int, int, int] = (0, 0, 0)  # guaranteed share of token service, by band
+    owed_percent: int = 100  # of a step's prompt tokens, for who is below that, beside the others
     debt_max_tokens: int = 0  # how far a tenant above its share falls back; 0: tenants unknown
     debt_free_tokens: int = 0  # what a tenant may have waiting before that begins
     # What other engines do differently (see `profiles`).
@@ -123,7 +123,8 @@ TIERLINE = Policy(
     adaptive_chunk=True,
     gives_way=True,
     swaps=True,
-    late_floor_percent=5,
+    floors_percent=(0, 5, 2),
+    owed_percent=25,
     debt_max_tokens=200_000,
     debt_free_tokens=20_000,
 )

@@ -1,10 +1,10 @@
 """Who waits, and who of them goes next.
 
-Lanes are heaps over keys that never change.  Where classes have a guaranteed share, each
-class has a lane of its own, and those that stepped back have the last one.  Every admission
-pays in credit: a lane that waits earns its share of the tokens admitted, a lane that is
-served pays for them, and a lane in credit is *owed*: it goes next whatever the keys say.
-An empty lane saves nothing up.
+There is a lane for each band: those that can be on time, the background, and those that
+stepped back.  Lanes are heaps over keys that never change.  A lane may have a floor, a share
+of the tokens admitted: while it waits it earns that share in credit, when it is served it
+pays, and a lane in credit is *owed*: it goes next whatever the keys say.  An empty lane
+saves nothing up.
 
 Invariants
     INV-SCHED-2  a lane with a floor of f percent that always waits is served at least f
@@ -17,7 +17,15 @@ from heapq import heapify, heappop, heappush
 from typing import Any
 
 from tierline.scheduling.policy import Policy
-from tierline.scheduling.sequence import BACKGROUND, DONE, LATE, OWED, WAITING, Sequence
+from tierline.scheduling.sequence import (
+    BACKGROUND,
+    DONE,
+    LATE,
+    ON_TIME,
+    OWED,
+    WAITING,
+    Sequence,
+)
 
 Entry = tuple[int, Any, int, Sequence]
 
@@ -36,24 +44,22 @@ class Lane:
 class WaitingLine:
     """All sequences that wait for memory, a slot, or their turn."""
 
-    __slots__ = ("_by_rank", "_floors", "_from", "_lanes", "_late", "_patient", "_ranks", "waiting")
+    __slots__ = ("_band", "_floors", "_from", "_lanes", "waiting")
 
     def __init__(self, policy: Policy) -> None:
-        floors = policy.floors_percent
-        self._by_rank = bool(floors)
-        self._late = Lane(policy.late_floor_percent)
-        self._ranks = [Lane(percent) for percent in floors] or [Lane()]
-        self._patient = Lane()  # background, apart: shedding looks through everybody else
-        self._lanes = [*self._ranks, self._patient, self._late]
+        self._lanes = [Lane(percent) for percent in policy.floors_percent]  # by band
         self._floors = [lane for lane in self._lanes if lane.floor_percent]
-        self._from = self._late  # the lane that answered `head` last
+        self._band = policy.band
+        self._from = self._lanes[ON_TIME]  # the lane that answered `head` last
         self.waiting = 0
 
     def push(self, sequence: Sequence) -> bool:
         """Let a sequence wait; whether it is now the first of its lane."""
         sequence.state = WAITING
         self.waiting += 1
-        lane = self._lane_of(sequence)
+        if sequence.band == OWED:  # it was its turn, and it lost its memory
+            sequence.band = self._band(sequence)
+        lane = self._lanes[sequence.band]
         entry = (sequence.band, sequence.key, sequence.id, sequence)
         heappush(lane.heap, entry)
         return lane.heap[0] is entry
@@ -66,13 +72,11 @@ class WaitingLine:
             if lane.credit > 0 and (entry := self._top(lane)) is not None:
                 self._from = lane
                 return (OWED, *entry[1:])
-        best: Entry | None = None
         for lane in self._lanes:
-            if lane.heap:
-                entry = self._top(lane)
-                if entry is not None and (best is None or entry < best):
-                    best, self._from = entry, lane
-        return best
+            if lane.heap and (entry := self._top(lane)) is not None:
+                self._from = lane
+                return entry
+        return None
 
     def take(self, head: Entry, tokens: int) -> None:
         """What `head` just answered was admitted for `tokens` tokens of service."""
@@ -92,26 +96,31 @@ class WaitingLine:
 
     def on_time(self) -> Iterator[Sequence]:
         """Those who wait and have not stepped back."""
-        for lane in self._ranks:
-            for entry in lane.heap:
-                if entry[3].state == WAITING:
-                    yield entry[3]
+        for entry in self._lanes[ON_TIME].heap:
+            if entry[3].state == WAITING:
+                yield entry[3]
+
+    def ripen(self, before_ps: int) -> None:
+        """Who is in the background and whose deadline is near is so no longer."""
+        lane = self._lanes[BACKGROUND]
+        while (entry := self._top(lane)) is not None and entry[1] < before_ps:
+            heappop(lane.heap)
+            entry[3].band = ON_TIME
+            heappush(self._lanes[ON_TIME].heap, (ON_TIME, *entry[1:]))
 
     def step_back(self, late: list[Sequence]) -> None:
         """Move waiting sequences behind all that can still be on time."""
         for sequence in late:
             sequence.band = LATE
             sequence.key = sequence.arrival_ps
-            heappush(self._late.heap, (LATE, sequence.key, sequence.id, sequence))
-        for lane in self._ranks:
-            kept = [entry for entry in lane.heap if entry[3].band != LATE]
-            if len(kept) != len(lane.heap):
-                heapify(kept)
-                lane.heap = kept
+            heappush(self._lanes[LATE].heap, (LATE, sequence.key, sequence.id, sequence))
+        lane = self._lanes[ON_TIME]
+        lane.heap = [entry for entry in lane.heap if entry[3].band != LATE]
+        heapify(lane.heap)
 
     def reorder(self, order: dict[int, Any]) -> None:
         """Give everybody in the first lane a new key, by sequence id."""
-        lane = self._ranks[0]
+        lane = self._lanes[ON_TIME]
         lane.heap = [(b, order[i], i, s) for b, _, i, s in lane.heap if s.state == WAITING]
         heapify(lane.heap)
         for entry in lane.heap:
@@ -131,13 +140,6 @@ class WaitingLine:
         """Assert INV-SCHED-3."""
         waiting = self.everybody()
         assert len(waiting) == self.waiting == len({s.id for s in waiting})
-
-    def _lane_of(self, sequence: Sequence) -> Lane:
-        if sequence.band == LATE:
-            return self._late
-        if sequence.band == BACKGROUND and not self._by_rank:
-            return self._patient
-        return self._ranks[min(sequence.rank, len(self._ranks) - 1) if self._by_rank else 0]
 
     def _top(self, lane: Lane) -> Entry | None:
         heap = lane.heap

@@ -36,7 +36,7 @@ from tierline.kv.prefix import PrefixIndex
 from tierline.kv.transfer import DEMAND, DEVICE, DRAM, TIER_NAMES, Transfer
 from tierline.perf.line import StepLine
 from tierline.scheduling.fairness import FairShare
-from tierline.scheduling.policy import Policy, by_arrival, deadline_or_patience
+from tierline.scheduling.policy import PATIENT_PS, Policy, by_arrival, deadline_or_patience
 from tierline.scheduling.queue import Entry, WaitingLine
 from tierline.scheduling.sequence import (
     BACKGROUND,
@@ -314,8 +314,12 @@ class Scheduler:
             return need
         self._reclaim(min(need, self._obtainable()))
         while (need := self._tick_pages()) > self.pages.free:
-            victim = self.policy.victim(self.decoding.values())
+            running = list(self.decoding.values())
+            if self.policy.mixes:  # else prompts are not among those that take turns
+                running += self.prefilling.values()
+            victim = self.policy.victim(running)
             self._preempt(victim, step, now_ps, f"{need - self.pages.free} pages short")
+            self._reclaim(min(self._tick_pages(), self._obtainable()))
         return need
 
     def _tick_pages(self) -> int:
@@ -362,21 +366,25 @@ class Scheduler:
         slots = limits.sequences_max - self.running
         gathering = not (self._draining and self.decoding)
         at, opened, short = 0, gathering and not step.preempted, False
+        crowded = policy.owed_percent < 100 and self._somebody_on_time()
         if policy.longest_prefix_first_below and queue.waiting:
             self._reorder()
         while budget > 0:
             s = begun[at] if at < len(begun) else None
             head = queue.head() if opened and (s is None or policy.overtakes) else None
+            if head is not None and step.preempted and head[0] > ON_TIME:
+                opened = False  # whoever just gave way does not come back at once
+                continue
             if head is not None and (s is None or head[:3] < (s.band, s.key, s.id)):
-                tokens = self._admit(head[3], budget, need, now_ps) if slots > 0 else None
+                most = self._owed_tokens(budget) if crowded and head[0] == OWED else budget
+                tokens = self._admit(head[3], most, need, now_ps) if slots > 0 else None
                 if tokens is None:
-                    victim = self._who_gives_way(head) if self.decoding else None
+                    victim = self._who_gives_way(head[0], begun[at:])
                     if victim is None:
                         self._refuse(head[3], slots, now_ps)
                         opened = False
                         continue
-                    need -= self._next_pages(victim)
-                    self._preempt(victim, step, now_ps, f"gives way to {head[3].id}")
+                    need -= self._give_way(victim, begun, step, now_ps, head[3])
                     slots += 1
                     continue
                 slots -= 1
@@ -385,14 +393,20 @@ class Scheduler:
                 if not tokens:
                     continue
             elif s is not None:
-                at += 1
-                tokens = min(s.target_tokens - s.cached_tokens, budget, limits.chunk_tokens)
+                most = self._owed_tokens(budget) if crowded and s.band == OWED else budget
+                tokens = min(s.target_tokens - s.cached_tokens, most, limits.chunk_tokens)
                 grown = self._chunk_pages(s, tokens)
                 if grown > self.pages.free - need:
                     if grown > self._obtainable() - need:
-                        short = True
-                        break
+                        victim = self._who_gives_way(s.band, begun[at + 1 :])
+                        if victim is None:
+                            short = True
+                            break
+                        need -= self._give_way(victim, begun, step, now_ps, s)
+                        slots += 1
+                        continue
                     self._reclaim(need + grown)
+                at += 1
             else:
                 break
             need += self._chunk_pages(s, tokens)
@@ -422,6 +436,7 @@ class Scheduler:
     def _shed(self, now_ps: int, budget: int) -> None:
         """Whoever cannot be on time any more steps back."""
         self._arrived = False
+        self.queue.ripen(now_ps + PATIENT_PS)
         begun = [s for s in self.prefilling.values() if s.band == ON_TIME and s.first_ps < 0]
         jobs = begun + [s for s in self.queue.on_time() if s.band == ON_TIME]
         late = too_late(
@@ -652,12 +667,37 @@ class Scheduler:
             blocks = -(-short // self._block_pages)
             index.evict(DEVICE, max(blocks, self._batch_evicted))
 
-    def _who_gives_way(self, head: Entry) -> Sequence | None:
-        """A background decode that leaves so that the head can enter."""
-        if not self.policy.gives_way or head[0] > ON_TIME:
+    def _somebody_on_time(self) -> bool:
+        """Whether a prompt that can be on time is under way or waits."""
+        if any(s.band == ON_TIME for s in self.prefilling.values()):
+            return True
+        return next(self.queue.on_time(), None) is not None
+
+    def _owed_tokens(self, budget: int) -> int:
+        """What a prompt that is owed takes of a step beside those that can be on time."""
+        return min(max(budget * self.policy.owed_percent // 100, self.limits.chunk_grain), budget)
+
+    def _who_gives_way(self, band: int, begun: list[Sequence]) -> Sequence | None:
+        """Somebody of the background who leaves so that a prompt of this band can go on.
+
+        `begun` are the prompts under way that are not in the step yet.
+        """
+        if not self.policy.gives_way or band > ON_TIME:
             return None
-        willing = [s for s in self.decoding.values() if s.band >= BACKGROUND]
+        willing = [s for s in [*self.decoding.values(), *begun] if s.band >= BACKGROUND]
         return self.policy.victim(willing) if willing else None
+
+    def _give_way(
+        self, victim: Sequence, begun: list[Sequence], step: Step, now_ps: int, to: Sequence
+    ) -> int:
+        """`victim` leaves; returns the pages that the coming tick would have taken for it."""
+        pages = 0
+        if victim.state == DECODE:
+            pages = self._next_pages(victim)
+        else:
+            begun.remove(victim)
+        self._preempt(victim, step, now_ps, f"gives way to {to.id}")
+        return pages
 
     def _next_pages(self, s: Sequence) -> int:
         """Pages the coming tick would have taken for a decoding sequence."""
@@ -683,9 +723,7 @@ class Scheduler:
                 s.parked_tokens, s.parked_tier = cached, DRAM
         self._give_back(s)
         s.cached_tokens = 0
-        if s.band == OWED:
-            late = self.policy.sheds and s.due_ps < now_ps
-            s.band = LATE if late else self.policy.band(s)
+        self._arrived = True  # shedding should know of it
         step.preempted.append(s)
         self.queue.push(s)
         if self.note is not None:
@@ -741,6 +779,8 @@ class Scheduler:
             return 1
         s, tokens = step.chunks[0]
         repeats = min(most, (s.target_tokens - s.cached_tokens) // tokens)
+        if s.band == OWED and self.policy.owed_percent < 100:
+            return 1  # how much it takes hangs on who else is here
         if repeats <= 1 or self._begun()[0] is not s:
             return 1
         blocked = self._blocked
