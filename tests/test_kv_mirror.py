@@ -58,7 +58,7 @@ LINE = line()
 
 
 class NamingScheduler(Scheduler):
-    """Says whose blocks are given back the moment that it counts them as free."""
+    """Says whose blocks are given back just before they are free for others to write."""
 
     machine: "NamingExecutor"
 
@@ -146,19 +146,12 @@ class NamingExecutor:
         if s.parked_tokens and s.state != LOADING:  # copied out before anybody may write there
             self.read(s, s.parked_tokens)
             self.seen["parked"] += 1
-        self.names.release(s.id)
         del self.bound[s.id]
 
     def bind(self, s: Sequence, tokens: int) -> None:
         if s.id not in self.bound:
             self.bound[s.id] = s
-            path, run = [], s.run
-            while run is not None:
-                path.append(run)
-                run = run.parent
-            if path:
-                self.names.adopt(s.id, reversed(path))
-                self.seen["adopts"] += 1
+            self.seen["adopts"] += s.run is not None
         assert self.names.grow(s.id, tokens) == []  # nobody forks here
 
     def start(self, transfers: list[Transfer]) -> None:
@@ -168,7 +161,6 @@ class NamingExecutor:
                 continue
             if transfer.kind == "swap-in":
                 (s,) = transfer.waiters
-                assert self.names.resume(s.id, s.parked_tokens)
                 self.bound[s.id] = s
             self.flying.append(transfer)
 
@@ -314,7 +306,7 @@ def never_slide(names: BlockNames, sequence_id: int) -> None:
     """Windows keep everything."""
 
 
-def keep_the_names(machine: NamingExecutor, s: Sequence) -> None:
+def keep_the_names(names: BlockNames, sequence_id: int) -> None:
     """What is counted as free stays bound."""
 
 
@@ -329,7 +321,7 @@ PUBLISH = BlockNames.publish
     ("owner", "name", "broken"),
     [
         (BlockNames, "slide", never_slide),
-        (NamingExecutor, "given_back", keep_the_names),
+        (BlockNames, "release", keep_the_names),
         (BlockNames, "publish", publish_the_first_blocks),
     ],
 )

@@ -132,10 +132,13 @@ class BlockNames:
         return list(zip(self._states[parent_id], state, strict=True))
 
     def release(self, sequence_id: int) -> None:
-        """The sequence is gone: finished, preempted, or moved to a lower tier."""
-        for table in self._tables.pop(sequence_id):
+        """The sequence is gone: finished, preempted, or moved to a lower tier.
+
+        One that was admitted and never computed has nothing yet.
+        """
+        for table in self._tables.pop(sequence_id, ()):
             table.release()
-        for page in self._states.pop(sequence_id):
+        for page in self._states.pop(sequence_id, ()):
             self.pool.give_back(page)
 
     # Runs of the prefix index

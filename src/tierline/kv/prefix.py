@@ -23,6 +23,7 @@ Invariants
 """
 
 from bisect import bisect_right
+from collections.abc import Iterable
 from collections.abc import Sequence as Seq
 from heapq import heappop, heappush
 from typing import Any, Protocol
@@ -46,6 +47,26 @@ class Holder(Protocol):
 
 class Names(Protocol):
     """Who binds block ids, when an executor holds real memory (`kv.names.BlockNames`)."""
+
+    def adopt(self, sequence_id: int, runs: "Iterable[Run]") -> None:
+        """A sequence starts with the blocks of these runs."""
+        ...
+
+    def resume(self, sequence_id: int, tokens: int) -> bool:
+        """Room for tokens that come back from elsewhere; the scheduler has made it."""
+        ...
+
+    def fork(self, parent_id: int, child_id: int) -> object:
+        """A second sequence with the same tokens; None if there is no room."""
+        ...
+
+    def slide(self, sequence_id: int) -> None:
+        """A chunk is accounted: give back what windows have passed."""
+        ...
+
+    def release(self, sequence_id: int) -> None:
+        """A sequence gives back whatever it has, if anything."""
+        ...
 
     def publish(self, sequence_id: int, run: "Run", first_block: int, blocks: int) -> None:
         """The run holds these blocks of the sequence, too."""

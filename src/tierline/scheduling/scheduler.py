@@ -89,6 +89,7 @@ class Scheduler:
         Without `tenant_weights` tenants are not told apart; one that is not listed weighs 1.
         """
         self.pages, self.index, self.layout = pages, index, layout
+        self.names = index.names  # bound for executors that hold real memory
         self.line, self.policy, self.limits = line, policy, limits
         self.reload_ps = reload_ps
         self.decoding: dict[int, Sequence] = {}
@@ -164,23 +165,65 @@ class Scheduler:
 
     def lost(self, transfer: Transfer) -> bool:
         """A transfer was given up: who waited for it goes back to the queue and recomputes."""
-        self.index.lost(transfer)
-        if transfer.kind in ("swap-in", "swap-out"):
-            self.index.unpark(transfer.blocks)
         for sequence in transfer.waiters:
             if sequence.state == WAITING:
                 sequence.parked_tokens = 0  # what was to be parked is lost
             elif sequence.state == LOADING:
-                del self.loading[sequence.id]
-                self._give_back(sequence)
-                sequence.cached_tokens = sequence.parked_tokens = sequence.pending = 0
-                self.queue.push(sequence)
+                self._stop_loading(sequence, transfer)
+            elif sequence.id in self.held_back and transfer.target == DEVICE:
+                self.released(sequence)
+        self.index.lost(transfer)
+        if transfer.kind in ("swap-in", "swap-out"):
+            self.index.unpark(transfer.blocks)
         return True
+
+    def _stop_loading(self, s: Sequence, lost: Transfer) -> None:
+        """What `s` waits for never comes: it gives its memory back, as if preempted."""
+        run = s.run
+        while run is not None:
+            if run.arriving is not None and run.arriving is not lost:
+                run.arriving.waiters = [w for w in run.arriving.waiters if w is not s]
+            run = run.parent
+        del self.loading[s.id]
+        self._give_back(s)
+        s.cached_tokens = s.parked_tokens = s.pending = 0
+        s.preemptions += 1
+        if s.band == OWED:
+            s.band = self.policy.band(s)
+        self.queue.push(s)
 
     def _unpark(self, sequence: Sequence) -> None:
         if sequence.parked_tokens and sequence.parked_tier == DRAM:
             self.index.unpark(-(-sequence.parked_tokens // self._block))
         sequence.parked_tokens = 0
+
+    def fork(self, parent: Sequence, child: Sequence) -> bool:
+        """Let `child` go on from the first token of `parent`, sharing its prompt's blocks.
+
+        Parallel samples and beams: to be called between steps, when the parent's prompt has
+        just been computed.  The child shares full blocks and copies the last partial one.
+        False when there is no room: then `add` it, and it finds the prompt in the cache.
+        """
+        assert parent.state == DECODE, parent
+        assert parent.joined_tick == self.tick, "the parent has gone on"
+        assert parent.chain is not None, "forks share what is published"
+        pages = self._held_pages(parent.cached_tokens, parent.published_blocks)
+        slots = self.limits.sequences_max - self.running
+        if parent.duplicate_pages or slots <= 0 or pages + self._tick_pages() > self.pages.free:
+            return False
+        if self.names is not None and self.names.fork(parent.id, child.id) is None:
+            return False
+        child.run, child.published_blocks = parent.run, parent.published_blocks
+        self.index.hold(child.run)
+        self.pages.free -= pages
+        child.pages = pages
+        child.cached_tokens = child.hit_tokens = parent.cached_tokens
+        child.target_tokens = parent.target_tokens
+        child.generated_tokens = 1
+        child.band, child.key = parent.band, parent.key
+        child.admitted_ps, child.first_ps = parent.admitted_ps, parent.first_ps
+        self._join(child)
+        return True
 
     def cancel(self, sequence: Sequence) -> None:
         """Nobody wants the answer any more. To be called between steps."""
@@ -486,6 +529,8 @@ class Scheduler:
             path, s.published_blocks = self.index.match(s.chain, found, now_ps)
             s.run = path[-1]
             self.index.hold(s.run)
+            if self.names is not None:
+                self.names.adopt(s.id, path)
         self._reclaim(need + grown)
         self._enter(s, cached, now_ps)
         s.state = PREFILL
@@ -500,6 +545,8 @@ class Scheduler:
         self._reclaim(need + grown)
         self.pages.free -= grown
         s.pages = grown
+        if self.names is not None:
+            self.names.resume(s.id, s.parked_tokens)
         blocks = -(-s.parked_tokens // self._block)
         kind = "swap-in" if s.parked_tier == DRAM else "handover"
         transfer = self.index.parked_transfer(kind, blocks, self._urgency(s))
@@ -519,6 +566,8 @@ class Scheduler:
             s.loaded_tokens = fetch * self._block
         self._enter(s, found * self._block, now_ps)
         s.pending = self.index.fetch(path, s, self._urgency(s))
+        if self.names is not None:
+            self.names.adopt(s.id, path)
         self._load(s, now_ps, f"{fetch * self._block} cached tokens come up from a lower tier")
         return 0
 
@@ -747,6 +796,8 @@ class Scheduler:
         """All memory that `s` holds: its own pages, and its hold on shared runs."""
         self.pages.free += s.pages
         s.pages = s.duplicate_pages = 0
+        if self.names is not None:
+            self.names.release(s.id)
         if s.run is not None:
             s.run.used_ps = self._now_ps  # in use until now
             self.index.release(s.run)
@@ -948,6 +999,8 @@ class Scheduler:
             kept = self._own_pages(s, s.cached_tokens)
             self.pages.free += s.pages - kept
             s.pages = kept
+            if self.names is not None:
+                self.names.slide(s.id)
         if s.cached_tokens < s.target_tokens:
             return False
         del self.prefilling[s.id]
