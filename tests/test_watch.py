@@ -150,3 +150,30 @@ def test_a_preemption_is_told_and_its_gap_with_it() -> None:
     assert "preempted" in [w.kind for w in told.waits]
     assert any(h.what == "preempted" for h in told.happenings)
     assert sum(p.for_s for p in told.parts) == pytest.approx(told.total_s)
+
+
+def test_who_is_overtaken_waits_again_although_its_prompt_is_begun() -> None:
+    watched = run("tierline", watch=tuple(range(200)))
+    overtaken = [
+        i for i, told in watched.moments.items() if any(m.what == "overtaken" for m in told)
+    ]
+    assert overtaken
+    for request in overtaken[:20]:
+        told = explain(watched, request)
+        waits = [w for w in told.waits if w.kind == "queued"]
+        (begun,) = [h for h in told.happenings if h.what == "overtaken"][:1]
+
+        assert any(w.after_s == pytest.approx(begun.after_s) for w in waits)
+        assert sum(p.for_s for p in told.parts) == pytest.approx(told.total_s)
+
+
+def test_a_lone_request_is_overtaken_by_nobody() -> None:
+    """Negative control of the test above."""
+    levels = parse_service_levels(["ttft_p99=1s"])
+    lone = simulate(instance(), crowd(1), levels=levels, policy="tierline", watch=[0])
+
+    assert {m.what for m in lone.moments[0]} <= {"routed", "admitted", "chunk", "first token"} | {
+        "longer gap",
+        "finished",
+        "stepped back",
+    }

@@ -25,6 +25,7 @@ TURNS = {
     "first token": "decode",
     "decoding": "decode",
     "preempted": "preempted",
+    "overtaken": "queued",
 }
 
 

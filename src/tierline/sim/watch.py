@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 from tierline.base.clock import FOREVER_PS, PS_PER_S
 from tierline.base.units import format_seconds
-from tierline.scheduling.sequence import DECODE, WAITING, Sequence
+from tierline.scheduling.sequence import DECODE, PREFILL, WAITING, Sequence
 from tierline.scheduling.step import Step
 from tierline.sim.record import Moment
 
@@ -20,7 +20,8 @@ if TYPE_CHECKING:
     from tierline.sim.replica import Replica
 
 MOMENTS_MAX = 2000  # of one request; what comes after is still in the steps
-HOLDERS_NAMED = 3
+HOLDERS_NAMED = CHUNKS_NAMED = 3
+OVERTAKEN = "overtaken"  # its prompt is begun, and others are served
 BANDS = {-1: "owed service by its class", 1: "background", 2: "too late to be on time"}
 
 
@@ -63,6 +64,9 @@ class Watch:
                 steps = f" in {repeats} steps" if repeats > 1 else ""
                 beside = f"beside {step.decodes} decodes, {_lasting(each_ps)} each"
                 self._note(i, start_ps, "chunk", f"{mine * repeats:,} tokens{steps} {of}, {beside}")
+            elif s.state == PREFILL and step.chunks and self._last.get(i, ("",))[0] != OVERTAKEN:
+                why = f"prompts of others go first: {_chunks(step)}"
+                self._note(i, start_ps, OVERTAKEN, why)
             elif s.state == DECODE and step.decodes:
                 self._slow(s, step, start_ps, each_ps)
 
@@ -71,8 +75,7 @@ class Watch:
         over = s.itl_ps < each_ps
         if each_ps * 2 > self._worst_ps[s.id] * 3 or (over and each_ps > self._worst_ps[s.id]):
             self._worst_ps[s.id] = each_ps
-            prompts = ", ".join(f"{tokens:,} of request {o.id}" for o, tokens in step.chunks[:3])
-            beside = f"with prompt tokens: {prompts}" if prompts else "without prompts"
+            beside = f"with prompt tokens: {_chunks(step)}" if step.chunks else "without prompts"
             limit = f", its limit is {_lasting(s.itl_ps)}" if s.itl_ps < FOREVER_PS else ""
             why = f"a step of {step.decodes} decodes takes {_lasting(each_ps)} {beside}{limit}"
             self._note(s.id, start_ps, "longer gap", why)
@@ -115,6 +118,13 @@ def _who_goes_first(first: Sequence, waits: Sequence, now_ps: int) -> str:
         if first.band != waits.band and s.band in BANDS:
             facts.append(f"{who} is {BANDS[s.band]}")
     return f"request {first.id} is admitted first ({'; '.join(facts)})"
+
+
+def _chunks(step: Step) -> str:
+    """Whose prompts a step computes."""
+    shown = [f"{tokens:,} of request {s.id}" for s, tokens in step.chunks[:CHUNKS_NAMED]]
+    more = len(step.chunks) - CHUNKS_NAMED
+    return ", ".join(shown) + (f" and {more} more" if more > 0 else "")
 
 
 def _holders(replica: "Replica", asks: Sequence) -> str:
