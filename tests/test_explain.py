@@ -37,6 +37,7 @@ def test_a_wait_names_who_was_served_and_who_made_room(run: Run) -> None:
         for i in range(len(requests))
         if requests.replica[i] == requests.replica[119]
         and 0 <= requests.admitted_ps[i] < end
+        and requests.first_ps[i] <= end
         and requests.finish_ps[i] > begin
         and i != 119
     }

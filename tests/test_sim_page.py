@@ -20,7 +20,7 @@ from tierline.planner.sim_figures import (
 )
 from tierline.planner.sim_page import render_sim_page
 from tierline.sim.compare import good_difference
-from tierline.sim.life import beside
+from tierline.sim.life import beside_its_wait
 from tierline.sim.measure import summary
 from tierline.sim.record import REFUSED, Run
 
@@ -189,11 +189,11 @@ def test_the_life_names_what_took_longest_and_who_ran_beside() -> None:
 
     assert picture.title.startswith("Request 119 spent ")
     assert [row[0] for row in picture.rows] == ["queued", "prefill", "decode"]
-    for other in beside(run, 119):
+    for other in beside_its_wait(run, 119):
         assert run.requests.replica[other] == run.requests.replica[119]
         assert run.requests.admitted_ps[other] < run.requests.first_ps[119]
         assert run.requests.finish_ps[other] > run.requests.arrival_ps[119]
-    assert 119 not in beside(run, 119)
+    assert 119 not in beside_its_wait(run, 119)
 
 
 # --- policies -------------------------------------------------------------------------------

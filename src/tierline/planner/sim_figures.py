@@ -23,7 +23,7 @@ from tierline.planner.sim_pictures import (
     over_time,
 )
 from tierline.sim.columns import Column, column
-from tierline.sim.life import KINDS, beside, life
+from tierline.sim.life import KINDS, beside_its_wait, life
 from tierline.sim.measure import nearest_rank, promised_ps, promises
 from tierline.sim.record import UNFINISHED, Run
 
@@ -347,7 +347,7 @@ def life_figure(run: Run, request: int) -> Picture:
     )
     return gantt(
         _drawn(run, request, f"request {request}: {prompt:,} tokens in, {output:,} out, {level}"),
-        [_drawn(run, other, f"request {other}") for other in beside(run, request)],
+        [_drawn(run, other, f"request {other}") for other in beside_its_wait(run, request)],
         batch,
         title=title,
         note=f"On replica {replica} under {run.policy}. Hover over a bar for its request.",

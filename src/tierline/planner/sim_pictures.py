@@ -29,6 +29,7 @@ from tierline.planner.svg import (
 )
 
 STYLES = ("blue", "orange dashed", "green", "purple dashed", "sky", "grey dashed")
+STYLES += ("orange", "green dashed", "purple", "grey")  # one for each policy there is
 STRETCHES = {
     "queued": "grey",
     "loading": "orange",

@@ -26,7 +26,7 @@ from tierline.scheduling.profiles import POLICIES, PROFILES
 from tierline.sim.api import simulate
 from tierline.sim.explain import Explanation, explain
 from tierline.sim.instance import instance_of
-from tierline.sim.life import slowest
+from tierline.sim.life import beside_its_wait, slowest
 from tierline.sim.measure import Summary, summary
 from tierline.sim.perfetto import write_perfetto
 from tierline.sim.record import Run
@@ -166,8 +166,8 @@ def run_all(
 ) -> Simulation:
     """Every policy of the replay, the one with the most good requests first.
 
-    `watched` runs that one again with its steps, watching `request`: a number, or the slowest
-    to its first token.
+    `watched` runs that one again with its steps, watching `request` (a number, or the slowest
+    to its first token) and who was beside it.
     """
     loaded = load(replay)
     runs = [run_policy(loaded, name, progress=progress) for name in replay.policies]
@@ -177,7 +177,8 @@ def run_all(
     chosen = _chosen(runs[0], request) if watched else None
     if chosen is not None:
         policy = runs[0].policy
-        best = run_policy(loaded, policy, keep_steps=True, watch=[chosen], progress=progress)
+        watch = [chosen, *beside_its_wait(runs[0], chosen)]  # drawn next to it, so as well known
+        best = run_policy(loaded, policy, keep_steps=True, watch=watch, progress=progress)
         assert best.hash() == runs[0].hash(), "keeping steps changed the run"
         runs[0] = best
     return Simulation(loaded=loaded, runs=tuple(runs), summaries=tuple(told), request=chosen)

@@ -144,12 +144,9 @@ def _verdicts(run: Run, request: int) -> tuple[Verdict, ...]:
 
 def _wait(run: Run, request: int, stretch: Stretch) -> Wait:
     requests = run.requests
-    ahead = [
-        other
-        for other in beside(run, request, most=len(requests))
-        if requests.admitted_ps[other] < stretch.end_ps
-        and not 0 <= requests.finish_ps[other] <= stretch.start_ps
-    ]
+    ahead = beside(
+        run, request, start_ps=stretch.start_ps, end_ps=stretch.end_ps, most=len(requests)
+    )
     ended_by = [other for other in ahead if requests.finish_ps[other] == stretch.end_ps]
     return Wait(
         kind=stretch.kind,

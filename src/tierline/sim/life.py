@@ -87,19 +87,30 @@ def slowest(run: Run, count: int, *, latency: str = "e2e") -> list[int]:
     return [int(i) for i in order if values[i] >= 0]
 
 
-def beside(run: Run, request: int, *, most: int = BESIDE_MAX) -> list[int]:
-    """Who was on its replica before its first token: the longest together, in their turn."""
+def beside(
+    run: Run, request: int, *, start_ps: int, end_ps: int, most: int = BESIDE_MAX
+) -> list[int]:
+    """Who was served on its replica between two instants: the longest there, in their turn.
+
+    Served is whoever was admitted and has had its first token by the end.
+    """
     import numpy as np
 
     requests = run.requests
-    first_ps = requests.first_ps[request]
-    until = first_ps if first_ps >= 0 else run.end_ps
     admitted, finish = column(requests, "admitted_ps"), column(requests, "finish_ps")
-    shared = np.minimum(np.where(finish >= 0, finish, run.end_ps), until) - np.maximum(
-        admitted, requests.arrival_ps[request]
-    )
+    first = column(requests, "first_ps")
+    left_ps = np.where(finish >= 0, finish, run.end_ps)
+    shared = np.minimum(left_ps, end_ps) - np.maximum(admitted, start_ps)
     here = (column(requests, "replica") == requests.replica[request]) & (admitted >= 0)
+    here &= (first >= 0) & (first <= end_ps) & (shared > 0)
     here[request] = False
     order = np.argsort(-np.where(here, shared, -1), kind="stable")[:most]
-    found = [int(i) for i in order if here[i] and shared[i] > 0]
-    return sorted(found, key=lambda i: (int(admitted[i]), i))
+    return sorted((int(i) for i in order if here[i]), key=lambda i: (int(admitted[i]), i))
+
+
+def beside_its_wait(run: Run, request: int) -> list[int]:
+    """Who was served while it waited for its first token."""
+    requests = run.requests
+    first_ps = requests.first_ps[request]
+    end_ps = first_ps if first_ps >= 0 else run.end_ps
+    return beside(run, request, start_ps=requests.arrival_ps[request], end_ps=end_ps)
