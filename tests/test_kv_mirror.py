@@ -93,6 +93,7 @@ class NamingExecutor:
             reload_ps=lambda tier, size_bytes, now_ps: tier * size_bytes,
         )
         self.scheduler.machine = self
+        self.chains: dict[int, Any] = {}  # what each prompt says, whatever is shared of it
         self.content: dict[tuple[int, int], Any] = {}
         self.flying: list[Transfer] = []
         self.bound: dict[int, Sequence] = {}  # sequences with names
@@ -102,8 +103,9 @@ class NamingExecutor:
     # Contents: what each slot must hold
 
     def token(self, s: Sequence, position: int) -> Any:
-        if s.chain is not None and position < len(s.chain) * B:
-            return (s.chain[position // B], position % B)
+        chain = self.chains[s.id]
+        if chain is not None and position < len(chain) * B:
+            return (chain[position // B], position % B)
         return (s.id, position)
 
     def write(self, s: Sequence, first: int, last: int) -> None:
@@ -265,6 +267,7 @@ def serve(
         while coming and rng.random() < 0.3:
             here.append(coming.pop())
             here[-1].arrival_ps = machine.now_ps
+            machine.chains[here[-1].id] = here[-1].chain
             machine.scheduler.add(here[-1])
         busy = machine.step(outputs)
         machine.start(machine.index.outbox)
