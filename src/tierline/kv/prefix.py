@@ -678,10 +678,10 @@ class PrefixIndex:
                 self._left(run)
             elif transfer.target == DEVICE:
                 parent = run.parent
-                if parent is None or parent.mask & 1:
+                if parent is None or parent.mask & 1 or parent.arriving is not None:
                     self._arrived(run)
                 else:  # what it hangs from went, or never came
-                    self._never_arrived(run)
+                    self._came_for_nothing(run)
 
     def lost(self, transfer: Transfer) -> None:
         """A transfer was given up: what it carried is not where it was going.
@@ -695,11 +695,7 @@ class PrefixIndex:
             if transfer.target == DEVICE:
                 if run.arriving is not transfer:
                     continue  # let go when what it hangs from was lost
-                if run.holds:  # by one who has computed the same blocks: copied on the device
-                    self._arrived(run)
-                else:
-                    self._drop_below(run)
-                    self._never_arrived(run)
+                self._came_for_nothing(run)
             elif run.mask >> transfer.target & 1:
                 self._drop_copy(run, transfer.target)
 
@@ -737,6 +733,13 @@ class PrefixIndex:
         if not run.holds:
             self.evictable_blocks += run.blocks
             self._offer(run)
+
+    def _came_for_nothing(self, run: Run) -> None:
+        if run.holds:  # by one who has computed the same blocks: copied on the device
+            self._arrived(run)
+        else:
+            self._drop_below(run)
+            self._never_arrived(run)
 
     def _never_arrived(self, run: Run) -> None:
         run.arriving = None
