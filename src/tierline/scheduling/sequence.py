@@ -100,6 +100,21 @@ class Sequence:
         self.preemptions = 0
         self.admitted_ps = self.first_ps = self.finish_ps = -1
 
+    def anew(self) -> "Sequence":
+        """The same request for another scheduler, with nothing done."""
+        return Sequence(
+            self.id,
+            arrival_ps=self.arrival_ps,
+            prompt_tokens=self.prompt_tokens,
+            output_max_tokens=self.output_max_tokens,
+            rank=self.rank,
+            due_ps=self.due_ps,
+            itl_ps=self.itl_ps,
+            tenant=self.tenant,
+            adapter=self.adapter,
+            chain=self.chain,
+        )
+
     def __repr__(self) -> str:
         names = ("waiting", "loading", "prefill", "decode", "done")
         return (

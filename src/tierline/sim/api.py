@@ -17,9 +17,11 @@ from tierline.scheduling.policy import Policy
 from tierline.scheduling.profiles import POLICIES
 from tierline.scheduling.routing import ROUTERS
 from tierline.scheduling.sequence import Sequence
+from tierline.sim.audit import run_checked
+from tierline.sim.faults import Fault, inject, with_bursts
 from tierline.sim.fleet import Fleet
 from tierline.sim.instance import Instance
-from tierline.sim.record import Requests, Run, Steps
+from tierline.sim.record import FAILED, Requests, Run, Steps
 from tierline.sim.watch import Watch
 from tierline.workload.request import Request
 from tierline.workload.slo import ServiceLevel
@@ -40,16 +42,21 @@ def simulate(
     watch: Iterable[int] = (),
     repeats_max: int = FOREVER_PS,
     progress: Callable[[int], None] | None = None,
+    faults: Iterable[Fault] = (),
+    check: bool = False,
     prepare: Callable[[Fleet], None] | None = None,
 ) -> Run:
     """Replay `requests` (in order of arrival) on a fleet.
 
-    `instances` is one kind for all `replicas`, or one entry a replica.  `prepare` may add
-    faults, pools or an autoscaler before the run starts.
+    `instances` is one kind for all `replicas`, or one entry a replica.  `faults` strike
+    on the way; with `check` every invariant is asserted after every instant.  `prepare` may
+    add what nobody else needs before the run starts.
     """
     kinds = list(instances) if not isinstance(instances, Instance) else [instances] * replicas
     if not requests:
         raise InputError("the trace has no requests", hint="nothing arrives, nothing to simulate")
+    wrong = tuple(faults)
+    requests = with_bursts(requests, wrong, seed=seed)
     chosen = lookup("policy", policy, POLICIES) if isinstance(policy, str) else policy
     requested = _Requested(
         requests,
@@ -79,10 +86,13 @@ def simulate(
     router = lookup("routing", routing, ROUTERS)
     fleet.route = router(fleet.replicas, seed=seed, block_tokens=kinds[0].layout.block_tokens)
     fleet.progress = progress
+    struck = inject(fleet, wrong)
     if prepare is not None:
         prepare(fleet)
-    end_ps = fleet.run()
-    return _finish(fleet, requested, end_ps=end_ps, policy=chosen.name, seed=seed)
+    end_ps = run_checked(fleet) if check else fleet.run()
+    run = _finish(fleet, requested, end_ps=end_ps, policy=chosen.name, seed=seed)
+    run.faults = struck
+    return run
 
 
 def _finish(
@@ -94,10 +104,9 @@ def _finish(
     seed: int,
 ) -> Run:
     for replica in fleet.replicas:
-        totals, scheduler = replica.totals, replica.scheduler
-        totals.up_ps = totals.up_ps or end_ps
-        totals.preemptions = scheduler.preemptions
-        totals.evicted_blocks = [tier.evicted_blocks for tier in scheduler.index.tiers]
+        replica.settle(end_ps)
+    for sequence in fleet.homeless:  # nobody came to serve it
+        requested.columns.outcome[sequence.id] = FAILED
     return Run(
         requests=requested.columns,
         levels=requested.levels,

@@ -56,20 +56,25 @@ class Fleet:
         self.now_ps = 0
         self.pools: Pools | None = None
         self.homeless: list[Sequence] = []  # nobody accepts requests at the moment
+        self.left = len(requests)  # to be finished or refused
+        self.groups: dict[int, list[Replica]] = {}  # by model: those that take its requests
         self.on_end: Callable[[Replica, Sequence, int], None] | None = None
         self.progress: Callable[[int], None] | None = None
         self._arrivals = arrivals
+        self._coming: Sequence | None = None  # the next to arrive, once the run was stopped
         self.heap: list[Event] = []  # what is due; replicas put their own events on it
         self._awake: dict[int, Replica] = {}
         self._serial = count()
         for replica in replicas:
             self.join(replica)
 
-    def join(self, replica: Replica) -> None:
-        """A replica takes part from now on."""
+    def join(self, replica: Replica, *, routed: bool = True) -> None:
+        """A replica takes part from now on; if it is not `routed`, only others send it work."""
         assert replica.number == len(self.replicas)
         replica.fleet = self
         self.replicas.append(replica)
+        if routed:
+            self.groups.setdefault(replica.model, []).append(replica)
         if self.watch is not None:
             self.watch.listen(replica)
 
@@ -98,25 +103,46 @@ class Fleet:
         r.replica[i] = replica.number
         assert r.outcome[i] != FINISHED, f"request {i} finished twice"
         r.outcome[i] = FINISHED
+        self.left -= 1
         if self.on_end is not None:
             self.on_end(replica, s, now_ps)
+
+    def lose(self, replica: Replica, now_ps: int) -> None:
+        """A replica dies; whoever was there is routed again and begins anew."""
+        lost = replica.die(now_ps)
+        if self.pools is not None:
+            self.pools.died(replica, now_ps)
+        for sequence in lost:
+            self.arrive(sequence.anew())
+
+    def regain(self, replica: Replica, now_ps: int) -> None:
+        """A replica serves from now on; whoever waited for one comes in."""
+        replica.rise(now_ps)
+        waiting, self.homeless = self.homeless, []
+        for sequence in waiting:
+            self.arrive(sequence)
 
     # --- the loop ---------------------------------------------------------------------------
 
     def run(self, until_ps: int = FOREVER_PS) -> int:
-        """Until nothing is left to happen, or an instant; returns the last instant."""
+        """Until nothing is left to happen, or an instant; returns the last instant.
+
+        When every request has ended, operators act no more.
+        """
         heap, replicas, awake = self.heap, self.replicas, self._awake
-        coming = next(self._arrivals, None)
+        coming = self._coming or next(self._arrivals, None)
         arrival_ps = coming.arrival_ps if coming is not None else FOREVER_PS
         arrived = 0
         while True:
             if heap and heap[0][0] <= arrival_ps:
                 if heap[0][0] > until_ps:
-                    return self.now_ps
+                    break
                 now_ps, rank, number, version, payload = heappop(heap)
-                self.now_ps = now_ps
+                if rank != CONTROL or self.left:
+                    self.now_ps = now_ps
                 if rank == CONTROL:
-                    payload[0](now_ps, *payload[1])
+                    if self.left:
+                        payload[0](now_ps, *payload[1])
                 elif rank == LINK_DONE:
                     replicas[number].link_done(payload, version, now_ps)
                 else:
@@ -135,9 +161,18 @@ class Fleet:
                 coming = next(self._arrivals, None)
                 arrival_ps = coming.arrival_ps if coming is not None else FOREVER_PS
             else:
-                return self.now_ps
+                break
             if awake and arrival_ps > now_ps and not (heap and heap[0][0] <= now_ps):
                 self._decide(now_ps)
+        self._coming = coming
+        return self.now_ps
+
+    def next_ps(self) -> int:
+        """When something happens next, after a run was stopped; FOREVER_PS: nothing."""
+        due_ps = self.heap[0][0] if self.heap else FOREVER_PS
+        if self._coming is None:
+            self._coming = next(self._arrivals, None)
+        return min(due_ps, self._coming.arrival_ps) if self._coming is not None else due_ps
 
     def _decide(self, now_ps: int) -> None:
         awake = self._awake
@@ -156,12 +191,27 @@ class Fleet:
         if number is None:
             self.homeless.append(sequence)
             return
-        replica = self.replicas[number]
+        replica = self._roomy(sequence, self.replicas[number])
+        if replica is None:
+            self.requests.outcome[sequence.id] = REFUSED
+            self.left -= 1
+            return
         if self.watch is not None:
             self.watch.routed(replica, sequence, self.now_ps)
-        try:
-            replica.scheduler.require_fit(sequence)
-        except DoesNotFitError:
-            self.requests.outcome[sequence.id] = REFUSED
-            return
         replica.arrive(sequence, self.now_ps)
+
+    def _roomy(self, sequence: Sequence, chosen: Replica) -> Replica | None:
+        """The chosen replica, or another that could ever hold the request; None: nobody could."""
+        if _fits(chosen, sequence):
+            return chosen
+        group = self.groups[chosen.model]
+        able = [replica for replica in group if replica.accepting and _fits(replica, sequence)]
+        return min(able, key=lambda r: (r.requests_outstanding, r.number), default=None)
+
+
+def _fits(replica: Replica, sequence: Sequence) -> bool:
+    try:
+        replica.scheduler.require_fit(sequence)
+    except DoesNotFitError:
+        return False
+    return True

@@ -6,6 +6,7 @@ instance that lives: many may share one `Instance`.
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
+from functools import partial
 
 from tierline.base.clock import PS_PER_S
 from tierline.base.errors import DoesNotFitError
@@ -159,6 +160,10 @@ class Instance:
         )
         if any(self.tier_blocks):
             scheduler.reload_ps = replica.reload_ps
+        replica.line_at = self.line
+        replica.twin = partial(
+            self.replica, policy=policy, seed=seed, tenant_weights=tenant_weights, line=line
+        )
         return replica
 
 

@@ -40,6 +40,18 @@ class Pools(Protocol):
         """It was computed here, and its cache leaves now."""
         ...
 
+    def lost(self, replica: "Replica", transfer: Transfer, now_ps: int) -> None:
+        """What was on its way there does not arrive."""
+        ...
+
+    def landed(self, replica: "Replica", transfer: Transfer, now_ps: int) -> None:
+        """It has arrived there."""
+        ...
+
+    def died(self, replica: "Replica", now_ps: int) -> None:
+        """A replica is gone, with what it kept for others and what was on its way there."""
+        ...
+
 
 class Watcher(Protocol):
     """Who wants to know about some requests (`sim.watch`)."""
@@ -119,8 +131,12 @@ class Replica:
         self.links, self.totals = dict(links), totals
         self.host_ps, self.wait_steps, self.speculation = host_ps, wait_steps, speculation
         self.fleet: Home
+        self.twin: Callable[[int], Replica]  # another one like it, empty, by number
+        self.line_at: Callable[[float], StepLine]  # its prices when every step takes longer
+        self.model = 0  # that it serves, as an index into Run.models
         self.accepting = True
         self.alive = True
+        self.up_since_ps = 0  # paid for since; -1: not paid for
         self.requests_outstanding = 0
         self.prompt_tokens_queued = 0
         self.step: Step | None = None
@@ -134,6 +150,7 @@ class Replica:
         self._gap_ps = 0  # time since the last tick in steps that advanced no decode
         self._paused: dict[int, int] = {}  # preempted after tokens: instant of the last one
         self._worst: dict[int, int] = {}  # their longest gap so far
+        self._doomed = 0  # transfers to come that will not arrive
         self.sequences: dict[int, Sequence] = {}  # everybody who is here
         chunk = scheduler.limits.chunk_tokens
         # Prompt tokens a second, in thousandths of a reference of 10,000 tokens a second.
@@ -203,8 +220,8 @@ class Replica:
             self._noticed(now_ps, sequence)
 
     def _noticed(self, now_ps: int, sequence: Sequence) -> None:
-        if not self.alive or sequence.id not in self.sequences:
-            return
+        if self.sequences.get(sequence.id) is not sequence:
+            return  # the replica has died since
         if self.scheduler.add(sequence):
             self.cut(now_ps)
         elif self.step is None:
@@ -226,6 +243,96 @@ class Replica:
         """From the next step on, other prices: the accelerator became slower, or well again."""
         self.cut(now_ps)
         self.line = self.scheduler.line = line
+
+    # --- what goes wrong --------------------------------------------------------------------
+
+    def die(self, now_ps: int) -> list[Sequence]:
+        """The machine is gone with all it held; returns who was here, by number.
+
+        In its place stands another, empty, and down until `rise`.
+        """
+        self._break_off(now_ps)
+        self.settle(now_ps)
+        here = [self.sequences[i] for i in sorted(self.sequences)]
+        empty = self.twin(self.number)
+        empty.scheduler.note = self.scheduler.note
+        if empty.scheduler.reload_ps is not None:
+            empty.scheduler.reload_ps = self.reload_ps
+        self.scheduler, self.line, self.links = empty.scheduler, empty.line, empty.links
+        for way in self._link_versions:
+            self._link_versions[way] += 1
+        self.sequences, self._stop_of, self._paused, self._worst = {}, {}, {}, {}
+        self._stops, self._gaps, self._gap_ps, self._doomed = [], [], 0, 0
+        self.requests_outstanding = self.prompt_tokens_queued = 0
+        self.alive = self.accepting = False
+        self.up_since_ps = -1
+        return here
+
+    def _break_off(self, now_ps: int) -> None:
+        """The repeats that have ended are written down, the one under way is lost."""
+        step = self.step
+        self.step = None
+        self._version += 1
+        if step is None:
+            return
+        done = self._begun(now_ps)
+        if self._start_ps + done * self._alpha + self._beta * (done * (done - 1) // 2) > now_ps:
+            done -= 1
+        if done and self.fleet.steps is not None:
+            self._write_down(step, done, now_ps)
+        self._start_ps = min(self._start_ps, now_ps)
+        self._count(step, done, now_ps)
+
+    def rise(self, now_ps: int) -> None:
+        """It is up and serves."""
+        self.alive = self.accepting = True
+        if self.up_since_ps < 0:
+            self.up_since_ps = now_ps
+
+    def settle(self, now_ps: int) -> None:
+        """Enter what its scheduler has counted, and the time it was paid for, in its totals."""
+        totals, scheduler = self.totals, self.scheduler
+        totals.preemptions += scheduler.preemptions
+        for tier, owner in enumerate(scheduler.index.tiers):
+            totals.evicted_blocks[tier] += owner.evicted_blocks
+        if self.up_since_ps >= 0:
+            totals.up_ps += now_ps - self.up_since_ps
+            self.up_since_ps = now_ps
+
+    def links_of(self, tier: int) -> list[tuple[int, int]]:
+        """The ways to a tier from what is nearer the device, and back."""
+        return [way for way in self.links if max(way) == tier]
+
+    def set_rate(self, tier: int, factor: float, now_ps: int) -> None:
+        """From now on the ways to a tier carry `factor` of their rate."""
+        for way in self.links_of(tier):
+            self.links[way].set_rate(factor, now_ps)
+            self._expect(way, now_ps)
+
+    def under_way(self, tier: int) -> list[Transfer]:
+        """What moves or waits to move from or to a tier."""
+        transfers = [t for link in dict.fromkeys(self.links.values()) for t in link.transfers]
+        return [t for t in transfers if tier in (t.source, t.target)]
+
+    def lose(self, transfer: Transfer, now_ps: int) -> None:
+        """What is under way does not arrive."""
+        if transfer.state not in ("queued", "moving"):
+            return
+        way = (transfer.source, transfer.target)
+        self.links[way].cancel(transfer, now_ps)
+        self._expect(way, now_ps)
+        self.scheduler.lost(transfer)
+        if transfer.kind == "handover" and self.fleet.pools is not None:
+            self.fleet.pools.lost(self, transfer, now_ps)
+        self.cut(now_ps)
+
+    def lose_next(self, now_ps: int) -> None:
+        """What comes up to the device now, or next, does not arrive."""
+        moving = [t for t in self.under_way(DEVICE) if t.target == DEVICE and t.state == "moving"]
+        if moving:
+            self.lose(moving[0], now_ps)
+        else:
+            self._doomed += 1
 
     # --- steps ------------------------------------------------------------------------------
 
@@ -432,7 +539,14 @@ class Replica:
                 continue
             link.submit(transfer, now_ps)
             self._expect((transfer.source, transfer.target), now_ps)
+            if self._doomed and transfer.target == DEVICE:
+                self._doomed -= 1
+                self.fleet.later(now_ps, self._doom, transfer)
         return stall_ps
+
+    def _doom(self, now_ps: int, transfer: Transfer) -> None:
+        if transfer in self.under_way(DEVICE):
+            self.lose(transfer, now_ps)
 
     def _hasten(self, step: Step, now_ps: int) -> None:
         for transfer, urgency in step.hastened:
@@ -461,6 +575,8 @@ class Replica:
             self._carry(moves, now_ps)
 
     def _landed(self, transfer: Transfer, now_ps: int) -> None:
+        if transfer.kind == "handover" and self.fleet.pools is not None:
+            self.fleet.pools.landed(self, transfer, now_ps)
         if self.scheduler.landed(transfer):
             self.cut(now_ps)
         elif self.step is None:
