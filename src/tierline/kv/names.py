@@ -33,7 +33,7 @@ Run = Hashable
 class BlockNames:
     """Tables of sequences and pages of prefix runs, over one pool."""
 
-    __slots__ = ("_runs", "_states", "_tables", "layout", "pool")
+    __slots__ = ("_leaving", "_runs", "_states", "_tables", "layout", "pool")
 
     def __init__(self, pool: BlockPool, layout: CacheLayout) -> None:
         self.pool = pool
@@ -41,6 +41,7 @@ class BlockNames:
         self._tables: dict[int, list[BlockTable]] = {}
         self._states: dict[int, list[int]] = {}
         self._runs: dict[Run, list[list[int]]] = {}  # for each group its pages, in order
+        self._leaving: dict[Run, list[list[int]]] = {}  # the same, while they are written back
 
     # What an executor reads
 
@@ -54,7 +55,7 @@ class BlockNames:
 
     def run_pages(self, run: Run) -> list[list[int]]:
         """For each cache group the pages of a run, in order: what a mover copies."""
-        return self._runs[run]
+        return self._leaving.get(run) or self._runs[run]
 
     def pages_held(self, sequence_id: int) -> int:
         """Pages that a sequence names, shared ones included."""
@@ -169,19 +170,38 @@ class BlockNames:
         Either of the two may be the run that was split.  Without pages there is nothing to do.
         """
         assert head != tail
-        assert not (head in self._runs and tail in self._runs), "which one is split?"
-        whole = self._runs.pop(head if head in self._runs else tail, None)
+        for runs in (self._runs, self._leaving):
+            self._split(runs, head, tail, blocks)
+
+    def _split(self, runs: dict[Run, list[list[int]]], head: Run, tail: Run, blocks: int) -> None:
+        assert not (head in runs and tail in runs), "which one is split?"
+        whole = runs.pop(head if head in runs else tail, None)
         if whole is None:
             return
         ends = [blocks * group.pages_per_block for group in self.layout.groups]
         parts = list(zip(whole, ends, strict=True))
-        self._runs[head] = [pages[:end] for pages, end in parts]
+        runs[head] = [pages[:end] for pages, end in parts]
         if any(len(pages) > end for pages, end in parts):
-            self._runs[tail] = [pages[end:] for pages, end in parts]
+            runs[tail] = [pages[end:] for pages, end in parts]
 
     def forget(self, run: Run) -> None:
         """The run is no longer on the device; blocks that sequences hold stay theirs."""
-        for pages in self._runs.pop(run):
+        self._give_back(self._runs.pop(run))
+
+    def leave(self, run: Run) -> None:
+        """Its blocks are being written back; it may get others before these have left."""
+        self._leaving[run] = self._runs.pop(run)
+
+    def stay(self, run: Run) -> None:
+        """What was leaving is the run's again."""
+        self._runs[run] = self._leaving.pop(run)
+
+    def left(self, run: Run) -> None:
+        """What was leaving has been written back, or is not needed."""
+        self._give_back(self._leaving.pop(run))
+
+    def _give_back(self, pages_by_group: list[list[int]]) -> None:
+        for pages in pages_by_group:
             for page in reversed(pages):
                 self.pool.give_back(page)
 
@@ -196,7 +216,7 @@ class BlockNames:
                 named.update(table.pages_held)
         for state in self._states.values():
             named.update(state)
-        for pages_by_group in self._runs.values():
+        for pages_by_group in (*self._runs.values(), *self._leaving.values()):
             for group, pages in zip(self.layout.groups, pages_by_group, strict=True):
                 assert len(pages) * self.layout.pages_per_block == group.pages_per_block * sum(
                     map(len, pages_by_group)

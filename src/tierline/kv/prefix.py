@@ -80,6 +80,18 @@ class Names(Protocol):
         """The run gives its device blocks back."""
         ...
 
+    def leave(self, run: "Run") -> None:
+        """Its device blocks are being written back: no longer the run's, and not free yet."""
+        ...
+
+    def stay(self, run: "Run") -> None:
+        """What was leaving is the run's again."""
+        ...
+
+    def left(self, run: "Run") -> None:
+        """Its leaving blocks are free."""
+        ...
+
     def take(self, run: "Run", blocks: int) -> None:
         """Device blocks for a run that is being loaded."""
         ...
@@ -215,14 +227,14 @@ class PrefixIndex:
         get = self.heads.get
         while found < limit:
             run = get(chain[found])
-            if run is None or run.leaving is not None:
+            if run is None:
                 break
             whole = run.blocks
             equal = _equal_blocks(run, chain, found, min(whole, limit - found))
-            if run.mask & 1:
+            if run.mask & 1 or run.leaving is not None:  # what is leaving would stay
                 if device == found:  # not behind a run that is still on its way
                     device += equal
-                if not run.holds:
+                if run.mask & 1 and not run.holds:
                     loose += equal
             elif run.arriving is None:
                 fetch += equal
@@ -237,7 +249,7 @@ class PrefixIndex:
         get = self.heads.get
         while found < limit:
             run = get(chain[found])
-            if run is None or run.leaving is not None:
+            if run is None:
                 break
             whole = run.blocks
             equal = _equal_blocks(run, chain, found, min(whole, limit - found))
@@ -251,11 +263,12 @@ class PrefixIndex:
         depth, path = 0, []
         while depth < limit:
             run = self.heads.get(chain[depth])
-            if run is None or run.leaving is not None:
+            if run is None:
                 break
             equal = _equal_blocks(run, chain, depth, min(run.blocks, limit - depth))
             depth += equal
-            tier = DEVICE if run.mask & 1 or run.arriving is not None else _highest(run.mask)
+            here = run.mask & 1 or run.arriving is not None or run.leaving is not None
+            tier = DEVICE if here else _highest(run.mask)
             path.append((depth, tier))
             if equal < run.blocks:
                 break
@@ -269,7 +282,7 @@ class PrefixIndex:
         depth, path = 0, []
         while depth < limit:
             run = self.heads.get(chain[depth])
-            if run is None or run.leaving is not None:
+            if run is None:
                 break
             whole = run.blocks
             equal = _equal_blocks(run, chain, depth, min(whole, limit - depth))
@@ -280,6 +293,8 @@ class PrefixIndex:
             if equal < whole:
                 break
         for run in path:
+            if run.leaving is not None and not run.mask & 1:
+                self._stay(run)
             run.used_ps = now_ps
             self.placement.used(run)
             run.hits += 1
@@ -376,8 +391,9 @@ class PrefixIndex:
             else:
                 self._move_hold(holder, self._split(run, depth - run.start))
             return depth
-        if not run.mask & 1 and run.arriving is None and run.leaving is None:
-            # Recomputed what survived only below: this run gets its device copy back.
+        if not run.mask & 1 and run.arriving is None:
+            # Recomputed what survived only below: this run gets its device copy back.  Also
+            # while its former one is leaving, so that it is all one when that has left.
             if depth + equal < end:
                 run = self._split(run, depth + equal - run.start)
                 self._move_hold(holder, run)
@@ -540,6 +556,8 @@ class PrefixIndex:
             if transfer is not None:
                 run.leaving = transfer
                 self.leaving_blocks += blocks
+                if self.names is not None:
+                    self.names.leave(run)
             else:
                 self.pages.free += blocks * self.pages_per_block
                 if self.names is not None:
@@ -598,14 +616,18 @@ class PrefixIndex:
 
     def _let_go(self, run: Run) -> None:
         """Its pages are free although bytes still move: what lands is of no use any more."""
-        for transfer in (run.arriving, run.leaving):
-            if transfer is not None:
-                transfer.runs.remove(run)
-                self.pages.free += run.blocks * self.pages_per_block
-                if self.names is not None:
-                    self.names.forget(run)
+        pages = run.blocks * self.pages_per_block
+        if run.arriving is not None:
+            run.arriving.runs.remove(run)
+            self.pages.free += pages
+            if self.names is not None:
+                self.names.forget(run)
         if run.leaving is not None:
+            run.leaving.runs.remove(run)
+            self.pages.free += pages
             self.leaving_blocks -= run.blocks
+            if self.names is not None:
+                self.names.left(run)
         run.arriving = run.leaving = None
 
     def _offer(self, run: Run) -> None:
@@ -719,11 +741,26 @@ class PrefixIndex:
         self.leaving_blocks -= run.blocks
         self.pages.free += run.blocks * self.pages_per_block
         if self.names is not None:
-            self.names.forget(run)
+            self.names.left(run)
         self._offer(run)
+
+    def _stay(self, run: Run) -> None:
+        """Wanted while its device pages were being written back: they are the run's again."""
+        transfer = run.leaving
+        assert transfer is not None
+        transfer.runs.remove(run)
+        run.leaving = None
+        self.leaving_blocks -= run.blocks
+        if self.names is not None:
+            self.names.stay(run)
+        self._returned(run)
 
     def _arrived(self, run: Run) -> None:
         run.arriving = None
+        self._returned(run)
+
+    def _returned(self, run: Run) -> None:
+        """The run has its device copy again."""
         self._set(run, DEVICE)
         self.device_blocks += run.blocks
         for tier in range(1, 4):  # one copy is enough: the device gives it back when it forgets
