@@ -107,3 +107,19 @@ def test_a_refused_request_is_told_and_an_unknown_one_is_an_error() -> None:
     with pytest.raises(InputError, match="no request 1") as caught:
         explain(run, 1)
     assert "0 to 0" in caught.value.hint
+
+
+def test_many_waits_are_told_by_the_longest() -> None:
+    run = run_of([finished(0, 20, 30, 5)])
+    moments = [Moment(0, "arrived", "")]
+    for i in range(8):
+        moments.append(Moment((2 * i + 1) * PS_PER_S, "chunk", ""))
+        moments.append(Moment((2 * i + 2) * PS_PER_S - i * PS_PER_S // 10, "overtaken", ""))
+    moments += [Moment(20 * PS_PER_S, "chunk", ""), Moment(20 * PS_PER_S, "first token", "")]
+    run.moments[0] = moments
+    told = explain(run, 0)
+    text = render_explanation(told)
+
+    assert len(told.waits) == 9
+    assert "and 4 shorter ones, 4.30 s in all" in text
+    assert text.count("  queued ") == 5

@@ -175,6 +175,8 @@ def test_a_trace_that_names_only_shared_blocks_shares_only_those(inputs: Path) -
     [
         (["--trace", "none.jsonl"], "none.jsonl"),
         (["--trace", "crowd.jsonl", "--compare", "tierlin"], "did you mean: tierline"),
+        (["--trace", "crowd.jsonl", "--fault", "dyes:replica=0"], "unknown fault"),
+        (["--trace", "crowd.jsonl", "--fault", "dies:replica=9,at=1s"], "9"),
         (["--trace", "crowd.jsonl", "--table", "xls", "-o", "x"], "csv.gz"),
         (["--trace", "crowd.jsonl", "--request", "120", "-o", "x"], "0 to 119"),
         (["--trace", "lengths.csv"], "no arrival times"),
@@ -198,6 +200,28 @@ def test_mistakes_end_with_two_and_a_way_out(
     assert said in err
     assert "Traceback" not in err
     assert not (inputs / "x").exists()
+
+
+def test_faults_are_inputs_like_any_other(inputs: Path, tmp_path: Path) -> None:
+    """They change the run, are on the page, and come back with the folder."""
+    words = "dies:replica=0,at=1s,back=4s"
+    plain, faulty = (
+        replay_of(inputs / "deployment.toml", trace=inputs / "crowd.jsonl", faults=faults)
+        for faults in ((), (words,))
+    )
+    done = run_all(faulty, watched=True)
+    write_simulation(done, tmp_path)
+
+    assert done.summaries[0].hash != run_all(plain).summaries[0].hash
+    assert done.summaries[0].faults == 2  # broken and mended
+    assert "replica 0 dies" in (tmp_path / "page.html").read_text()
+    assert read_replay(tmp_path)[0].faults == (words,)
+    assert f"--fault {words}" in command_of(faulty, tmp_path)
+    lost = [i for i in range(120) if done.runs[0].requests.arrival_ps[i] < 10**12]
+    told = [explain_request(tmp_path, str(i)) for i in lost[:6]]
+    assert any(h.what == "lost" for one in told for h in one.happenings)
+    for one in told:
+        assert sum(part.for_s for part in one.parts) == pytest.approx(one.total_s)
 
 
 # --- commands -------------------------------------------------------------------------------

@@ -28,6 +28,7 @@ SIM_EXAMPLES = """\
 examples:
   tierline sim out/deployment.toml --trace requests.jsonl -o out/sim
   tierline sim out/deployment.toml --trace requests.jsonl --compare tierline,fcfs,vllm-v1 --seed 7
+  tierline sim out/deployment.toml --trace requests.jsonl --fault dies:replica=0,at=60s,back=300s
 """
 EXPLAIN_EXAMPLES = """\
 examples:
@@ -85,6 +86,7 @@ def sim(args: argparse.Namespace) -> int:
         mapping=_pairs(args.map, "--map"),
         policies=_names(args.compare),
         seed=args.seed,
+        faults=args.fault or (),
     )
     watched = args.output is not None
     done = run_all(replay, watched=watched, request=args.request, progress=True)
@@ -402,6 +404,13 @@ def _add_sim(commands: Any) -> None:
     command.add_argument("--trace", required=True, help="request log or trace")
     _add_trace_options(command)
     command.add_argument("--seed", type=int, default=0, help="equal seeds, equal runs")
+    command.add_argument(
+        "--fault",
+        action="append",
+        metavar="KIND:KEY=VALUE,...",
+        help="dies:replica=0,at=60s,back=300s; slow, link, disk-full, disk-fails, lost-transfer, "
+        "burst; repeat for more",
+    )
     command.add_argument(
         "--compare",
         action="append",

@@ -25,6 +25,7 @@ from tierline.planner.sim_page import SimPage, render_sim_page
 from tierline.scheduling.profiles import POLICIES, PROFILES
 from tierline.sim.api import simulate
 from tierline.sim.explain import Explanation, explain
+from tierline.sim.faults import parse_fault
 from tierline.sim.instance import instance_of
 from tierline.sim.life import beside_its_wait, slowest
 from tierline.sim.measure import Summary, summary
@@ -101,6 +102,9 @@ def replay_of(
     chosen = tuple(dict.fromkeys(policies or [own]))
     for name in chosen:
         lookup("policy", name, POLICIES)
+    faults = tuple(faults)
+    for fault in faults:
+        parse_fault(fault)
     return Replay(
         deployment=text,
         trace=str(trace),
@@ -109,7 +113,7 @@ def replay_of(
         mapping=dict(mapping or {}),
         policies=chosen,
         seed=seed,
-        faults=tuple(faults),
+        faults=faults,
     )
 
 
@@ -158,6 +162,7 @@ def run_policy(
             keep_steps=keep_steps,
             watch=watch,
             progress=bar,
+            faults=[parse_fault(fault) for fault in loaded.replay.faults],
         )
 
 
@@ -347,4 +352,7 @@ def _digest(path: Path) -> str:
         with path.open("rb") as file:
             return hashlib.file_digest(file, "sha256").hexdigest()
     except OSError as error:
-        raise TraceError(f"cannot read trace {str(path)!r}: {error.strerror}") from None
+        raise TraceError(
+            f"cannot read trace {str(path)!r}: {error.strerror}",
+            hint="a path is taken from the folder that the command runs in",
+        ) from None

@@ -19,6 +19,7 @@ from tierline.sim.text import table_lines
 
 LETTERS = {"queued": ".", "loading": "~", "prefill": "#", "preempted": "!", "decode": "="}
 BAR_WIDTH = 72
+WAITS_TOLD = 5
 NAMED_MAX = 5  # requests called by their number in one sentence
 WAITS = ("queued", "loading", "preempted")
 
@@ -181,7 +182,7 @@ def render_explanation(told: Explanation) -> str:
         [_headline(told)],
         _bar(told),
         ["Promises", *_promises(told)] if told.verdicts else [],
-        ["Waits", *(line for wait in told.waits for line in _told(wait))] if told.waits else [],
+        ["Waits", *_waits(told)] if told.waits else [],
         ["What happened", *_timeline(told)] if told.happenings else [],
     ]
     return "\n\n".join("\n".join(lines) for lines in sections if lines) + "\n"
@@ -221,6 +222,17 @@ def _promises(told: Explanation) -> list[str]:
         for v in told.verdicts
     ]
     return table_lines([("promise", "it was", ""), *rows])
+
+
+def _waits(told: Explanation) -> list[str]:
+    """The longest waits, in order of time."""
+    ranked = sorted(told.waits, key=lambda wait: -wait.for_s)
+    shown, rest = ranked[:WAITS_TOLD], ranked[WAITS_TOLD:]
+    lines = [line for wait in told.waits if wait in shown for line in _told(wait)]
+    if rest:
+        seconds = format_seconds(sum(wait.for_s for wait in rest))
+        lines.append(f"  and {len(rest)} shorter ones, {seconds} in all")
+    return lines
 
 
 def _told(wait: Wait) -> list[str]:

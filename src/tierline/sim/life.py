@@ -26,6 +26,7 @@ TURNS = {
     "decoding": "decode",
     "preempted": "preempted",
     "overtaken": "queued",
+    "lost": "queued",
 }
 
 

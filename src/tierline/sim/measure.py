@@ -127,7 +127,7 @@ class Summary:
     fleet: Fleet
     fairness: Fairness
     money: Money
-    faults: int
+    faults: int  # moments at which something broke or was mended
 
     def to_json(self) -> str:
         """One JSON object; unknown is null."""

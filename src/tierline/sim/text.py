@@ -150,7 +150,7 @@ def _fleet(summary: Summary) -> list[str]:
         words = f"Jain index {fairness.jain:.3f}, a waiting tenant fell at most"
         rows.append(("fairness", f"{words} {fairness.lag_tokens:,.0f} tokens behind another"))
     if summary.faults:
-        rows.append(("faults", f"{summary.faults}"))
+        rows.append(("faults", f"something broke or was mended {summary.faults} times"))
     width = max(len(name) for name, _ in rows)
     return [f"  {name.ljust(width)}  {words}" for name, words in rows]
 

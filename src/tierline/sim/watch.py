@@ -19,7 +19,7 @@ from tierline.sim.record import Moment
 if TYPE_CHECKING:
     from tierline.sim.replica import Replica
 
-MOMENTS_MAX = 2000  # of one request; what comes after is still in the steps
+BEHIND_MAX = 20_000  # moments after which nobody is told any more whom it is behind
 HOLDERS_NAMED = CHUNKS_NAMED = 3
 OVERTAKEN = "overtaken"  # its prompt is begun, and others are served
 BANDS = {-1: "owed service by its class", 1: "background", 2: "too late to be on time"}
@@ -39,8 +39,11 @@ class Watch:
 
     def routed(self, replica: "Replica", sequence: Sequence, now_ps: int) -> None:
         """A request is about to join a replica."""
-        if sequence.id not in self.moments:
+        told = self.moments.get(sequence.id)
+        if told is None:
             return
+        if told:
+            self._note(sequence.id, now_ps, "lost", "its replica is gone; it begins anew elsewhere")
         cached = replica.cached_tokens(sequence)
         why = (
             f"to replica {replica.number}, where {replica.requests_outstanding} requests are and "
@@ -100,7 +103,8 @@ class Watch:
     def _note(self, request: int, at_ps: int, what: str, why: str) -> None:
         """Write it down, unless it was the last thing said."""
         told = self.moments[request]
-        if self._last.get(request) != (what, why) and len(told) < MOMENTS_MAX:
+        full = what == "behind" and len(told) >= BEHIND_MAX
+        if self._last.get(request) != (what, why) and not full:
             self._last[request] = (what, why)
             told.append(Moment(at_ps, what, why))
 
