@@ -145,7 +145,7 @@ class NamingExecutor:
     def given_back(self, s: Sequence) -> None:
         if s.id not in self.bound:
             return
-        if s.parked_tokens and s.state != LOADING:  # copied out before anybody may write there
+        if s.parked_tokens and s.state not in (LOADING, DONE):  # copied out, then overwritten
             self.read(s, s.parked_tokens)
             self.seen["parked"] += 1
         del self.bound[s.id]
@@ -288,7 +288,7 @@ def serve(
 
 DEVICE_ONLY: tuple[int, ...] = ()
 CASES = [(name, DEVICE_ONLY) for name in sorted(LAYOUTS)]
-CASES += [("state", (20,)), ("state", (10, 40))]
+CASES += [(name, tiers) for name in ("full", "state") for tiers in ((20,), (10, 40))]
 
 
 @pytest.mark.parametrize("policy", [FCFS, TIERLINE], ids=lambda p: p.name)
