@@ -971,6 +971,22 @@ class Scheduler:
                 self._growth[(s.joined_tick - s.cached_tokens) % block] -= pages
                 self._growth_total -= pages
 
+    def pages_taken(self, step: Step, repeats: int) -> int:
+        """Pages that so many repeats of the step under way have taken before it is accounted."""
+        taken = 0
+        if step.decodes:
+            turns, part = divmod(repeats, self._block)
+            start = self.tick % self._block
+            cycle = self._growth[start:] + self._growth[:start]
+            taken = turns * sum(cycle) + sum(cycle[:part])
+        for s, tokens in step.chunks:
+            cached, published = s.cached_tokens + tokens * repeats, s.published_blocks
+            if s.chain is not None:
+                published = max(published, min(cached, s.prompt_tokens) // self._block)
+            shared = (published - s.published_blocks) * self._block_pages
+            taken += self._held_pages(cached, published) + shared + s.duplicate_pages - s.pages
+        return taken
+
     def _accept(self, accepted: dict[int, int]) -> None:
         """Verified drafts: some sequences grew by more than the tick."""
         for i, tokens in accepted.items():
