@@ -35,6 +35,7 @@ from tierline.kv.pages import Pages
 from tierline.kv.prefix import PrefixIndex
 from tierline.kv.transfer import DEMAND, DEVICE, DRAM, TIER_NAMES, Transfer
 from tierline.perf.line import StepLine
+from tierline.scheduling.chunking import ChunkSizer
 from tierline.scheduling.fairness import FairShare
 from tierline.scheduling.policy import PATIENT_PS, Policy, by_arrival, deadline_or_patience
 from tierline.scheduling.queue import Entry, WaitingLine
@@ -111,7 +112,7 @@ class Scheduler:
         self._growth = [0] * self._block  # pages that decoders take at tick modulo block
         self._growth_total = 0
         self._saturating: list[tuple[int, int, int]] = []  # (tick, sequence, pages) of windows
-        self._itl_targets: dict[int, int] = {}  # of decoding sequences, how many have each
+        self._sizer = ChunkSizer(tokens_min=limits.chunk_tokens_min, grain=limits.chunk_grain)
         self._batch_evicted = max(1, pages.total // EVICTED_AT_ONCE // self._block_pages)
         self._tiered = index.last_tier != DEVICE
         self._low_pages = self._batch_evicted * self._block_pages if self._tiered else 0
@@ -121,7 +122,6 @@ class Scheduler:
         self._blocked: Sequence | None = None  # cannot enter until somebody leaves
         self._blocked_epoch = 0
         self._cut: tuple[tuple[int, ...], tuple[int, int]] = ((), (0, 0))  # asked, answered
-        self._sized_for = -1  # cached tokens of the prompt that the chunk was sized for
         self._arrived = False  # somebody came since the last shedding
         self._room = True  # the step has slots and budget to spare
         self._short = False  # a prompt under way could not grow
@@ -320,9 +320,9 @@ class Scheduler:
 
     def _choose(self, step: Step, need: int, now_ps: int) -> None:
         """Prompt tokens of the step, and who is left out."""
-        budget = self._budget()
+        budget = self._budget(now_ps)
         if self.policy.sheds and self._arrived and self.queue.waiting and not step.preempted:
-            self._shed(now_ps, budget)
+            self._shed(now_ps)
         need = self._fill(step, budget, need, now_ps)
         while self._short and not step.chunks and not self.decoding and len(self.prefilling) > 1:
             victim = self.policy.victim(self.prefilling.values())
@@ -371,29 +371,32 @@ class Scheduler:
         ticks = range(self.tick, self.tick + self.limits.draft_tokens + 1)
         return sum(self._growth[tick % self._block] for tick in ticks)
 
-    def _budget(self) -> int:
-        """Prompt tokens of this step: what the batch has left, or what the tightest ITL allows."""
-        limits, decodes = self.limits, len(self.decoding)
+    def _budget(self, now_ps: int) -> int:
+        """Prompt tokens of this step: what the batch has left, or what running streams allow."""
+        limits, decodes, sizer = self.limits, len(self.decoding), self._sizer
         budget = limits.batch_tokens
         if self.policy.mixes:
             budget -= decodes * (1 + limits.draft_tokens)
-        if (
-            self.policy.adaptive_chunk
-            and self._itl_targets
-            and (self.prefilling or self.queue.waiting)
-        ):
-            past = self._begun()[0].cached_tokens if self.prefilling else 0
-            self._sized_for = past
-            fits = self.line.chunk_for(
-                min(self._itl_targets),
-                decodes=decodes,
-                context_tokens=self.context_tokens,
-                past_tokens=past,
-                tokens_max=max(budget, 0),
-                grain=limits.chunk_grain,
-            )
-            budget = min(budget, max(fits, limits.chunk_tokens_min))
-        return budget
+        budget = max(budget, 0)
+        sizer.saving, sizer.between_ps, sizer.whole_tokens = False, 0, budget
+        if not self.policy.adaptive_chunk or not sizer.binds:
+            return budget
+        head = self.queue.head()
+        if not self.prefilling and head is None:
+            return budget
+        wanted = sum(s.target_tokens - s.cached_tokens for s in self.prefilling.values())
+        if head is not None:
+            wanted += head[3].target_tokens
+        return sizer.size(
+            self.line,
+            budget,
+            past_tokens=self._begun()[0].cached_tokens if self.prefilling else 0,
+            wanted_tokens=wanted,
+            decodes=decodes,
+            context_tokens=self.context_tokens,
+            tick=self.tick,
+            now_ps=now_ps,
+        )
 
     def _begun(self) -> list[Sequence]:
         """Prompts under way, in the order they are served."""
@@ -476,7 +479,7 @@ class Scheduler:
             order[s.id] = (-found, s.arrival_ps)
         queue.reorder(order)
 
-    def _shed(self, now_ps: int, budget: int) -> None:
+    def _shed(self, now_ps: int) -> None:
         """Whoever cannot be on time any more steps back."""
         self._arrived = False
         self.queue.ripen(now_ps + PATIENT_PS)
@@ -486,7 +489,8 @@ class Scheduler:
             jobs,
             self.line,
             now_ps=now_ps,
-            chunk=max(budget, self.limits.chunk_grain),
+            chunk=max(self._sizer.whole_tokens, self.limits.chunk_grain),
+            between_ps=self._sizer.between_ps,
             decodes=len(self.decoding),
             context_tokens=self.context_tokens,
         )
@@ -811,7 +815,7 @@ class Scheduler:
         blocked, waiting = self._blocked, self.queue.waiting
         if blocked is not None and self._blocked_epoch != self.index.epoch:
             return 1  # memory moved after the head was refused
-        if waiting and blocked is None and not step.chunks:
+        if (waiting or self._sizer.saving) and blocked is None and not step.chunks:
             return 1  # somebody was left out for a reason that may pass
         if waiting and self.policy.longest_prefix_first_below:
             return 1
@@ -841,21 +845,11 @@ class Scheduler:
             head = self.queue.head()  # admitting may have changed whose turn it is
             if head is not None and head[:3] < (s.band, s.key, s.id):
                 return 1
-        if tokens < s.target_tokens - s.cached_tokens and tokens < self.limits.chunk_tokens:
-            return min(repeats, self._sized_horizon(step, s, tokens))
+        if self.policy.adaptive_chunk and self._sizer.binds:
+            past = s.cached_tokens
+            alpha, beta = self.line.line(step.decodes, step.context_tokens, [(past, tokens)])
+            return min(repeats, self._sizer.holds_for(alpha, beta, tokens, past))
         return repeats
-
-    def _sized_horizon(self, step: Step, s: Sequence, tokens: int) -> int:
-        """How often a chunk that was sized by an ITL target stays the right size."""
-        if not self.policy.adaptive_chunk or not self._itl_targets:
-            return FOREVER_PS
-        if self._sized_for != s.cached_tokens:
-            return 1  # it was sized for another prompt
-        target = min(self._itl_targets)
-        alpha, beta = self.line.line(step.decodes, step.context_tokens, [(s.cached_tokens, tokens)])
-        if alpha <= target:
-            return (target - alpha) // beta + 1 if beta else FOREVER_PS
-        return 1 if tokens > self.limits.chunk_tokens_min else FOREVER_PS
 
     def _memory_horizon(self, step: Step, repeats: int) -> int:
         """The most repeats, up to `repeats`, whose growth fits in the free pages."""
@@ -1051,8 +1045,7 @@ class Scheduler:
                 heappush(self._saturating, (tick, s.id, block_pages))
         self._growth[(self.tick - s.cached_tokens) % self._block] += pages
         self._growth_total += pages
-        if s.itl_ps < FOREVER_PS:
-            self._itl_targets[s.itl_ps] = self._itl_targets.get(s.itl_ps, 0) + 1
+        self._sizer.join(s, self.tick)
 
     def _leave(self, s: Sequence) -> None:
         """`s` decodes no more: what ticks did to everybody is now written down for one."""
@@ -1068,12 +1061,7 @@ class Scheduler:
         s.pages = self._own_pages(s, length)
         self.context_tokens -= length
         del self.decoding[s.id]
-        if s.itl_ps < FOREVER_PS:
-            left = self._itl_targets[s.itl_ps] - 1
-            if left:
-                self._itl_targets[s.itl_ps] = left
-            else:
-                del self._itl_targets[s.itl_ps]
+        self._sizer.leave(s)
 
     # --- checking ---------------------------------------------------------------------------
 

@@ -52,6 +52,7 @@ class Sequence:
         "state",
         "target_tokens",
         "tenant",
+        "tpot_ps",
     )
 
     def __init__(
@@ -64,6 +65,7 @@ class Sequence:
         rank: int = 0,
         due_ps: int = FOREVER_PS,
         itl_ps: int = FOREVER_PS,
+        tpot_ps: int = FOREVER_PS,
         tenant: str = "",
         adapter: str = "",
         chain: Any = None,
@@ -75,6 +77,7 @@ class Sequence:
         self.rank = rank  # of its class; 0 is the most urgent
         self.due_ps = due_ps  # deadline of the first token
         self.itl_ps = itl_ps  # target for every later gap
+        self.tpot_ps = tpot_ps  # target for their mean
         self.tenant = tenant
         self.adapter = adapter  # name@digest, or "" for the bare model
         self.chain = chain  # chain[i] names block i, all before it, and the salt; None: not shared

@@ -19,17 +19,20 @@ def too_late(
     *,
     now_ps: int,
     chunk: int,
+    between_ps: int,
     decodes: int,
     context_tokens: int,
 ) -> list[Sequence]:
     """The fewest of `jobs` that must step back so that all others can have their first token by
-    their deadline, at the prompt rate that `chunk` tokens a step beside the decodes allow."""
+    their deadline, at the rate of `chunk` tokens a step beside the decodes, with `between_ps`
+    from one such step to the next."""
     rate = line.prefill_rate(chunk=chunk, decodes=decodes, context_tokens=context_tokens)
     end_ps = now_ps
     kept: list[tuple[int, int, Sequence]] = []
     late: list[Sequence] = []
     for job in sorted(jobs, key=lambda s: (s.due_ps, s.id)):
-        work_ps = rate(job.target_tokens - job.cached_tokens, job.cached_tokens)
+        tokens = job.target_tokens - job.cached_tokens
+        work_ps = rate(tokens, job.cached_tokens) + between_ps * tokens // chunk
         end_ps += work_ps
         heappush(kept, (-work_ps, job.id, job))
         if end_ps > job.due_ps:

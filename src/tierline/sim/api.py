@@ -138,9 +138,8 @@ class _Requested:
         self._trace_block_tokens = trace_block_tokens
         self._chain = _chains(block_tokens, trace_block_tokens) if prefix_cache else None
         self._ttft_ps = [_limit_ps(level, "ttft") for level in self.levels]
-        self._itl_ps = [
-            min(_limit_ps(level, "itl"), _limit_ps(level, "tpot")) for level in self.levels
-        ]
+        self._itl_ps = [_limit_ps(level, "itl") for level in self.levels]
+        self._tpot_ps = [_limit_ps(level, "tpot") for level in self.levels]
         self.tenants = tuple(sorted({r.tenant for r in requests}))
         self.columns = self._columns()
 
@@ -158,7 +157,7 @@ class _Requested:
             columns.tenant[i] = tenant_of[r.tenant]
             due_ps = self._due_ps(r, level, columns.arrival_ps[i])
             columns.due_ps[i] = due_ps if due_ps < FOREVER_PS else -1
-            itl_ps = self._itl_ps[level]
+            itl_ps = min(self._itl_ps[level], self._tpot_ps[level])
             columns.itl_target_ps[i] = itl_ps if itl_ps < FOREVER_PS else -1
         return columns
 
@@ -184,6 +183,7 @@ class _Requested:
                 rank=level,
                 due_ps=due_ps if due_ps >= 0 else FOREVER_PS,
                 itl_ps=itl_ps[level],
+                tpot_ps=self._tpot_ps[level],
                 tenant=tenants[columns.tenant[i]],
                 chain=chain,
             )
