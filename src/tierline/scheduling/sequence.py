@@ -113,6 +113,7 @@ class Sequence:
             rank=self.rank,
             due_ps=self.due_ps,
             itl_ps=self.itl_ps,
+            tpot_ps=self.tpot_ps,
             tenant=self.tenant,
             adapter=self.adapter,
             chain=self.chain,
