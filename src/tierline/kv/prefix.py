@@ -511,8 +511,10 @@ class PrefixIndex:
         while done < blocks and heap:
             entry = heappop(heap)
             value, run = entry[0], entry[3]
-            if not run.mask & bit or run.holds or run.children_in[tier] or run.leaving is not None:
+            if not run.mask & bit or run.holds or run.children_in[tier]:
                 continue  # stale: offered again when it becomes true
+            if run.leaving is not None and tier != DEVICE:
+                continue  # its bytes are still coming; offered again when they have landed
             current = key(self, run, tier)
             if current > value:
                 heappush(heap, (current, -run.start, run.birth, run))

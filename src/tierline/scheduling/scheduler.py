@@ -785,8 +785,8 @@ class Scheduler:
 
     def _worth_parking(self, s: Sequence, now_ps: int) -> bool:
         """Whether moving out and back is cheaper than computing again."""
-        if self.reload_ps is None:
-            return False
+        if self.reload_ps is None or (self._windows and s.chain is not None):
+            return False  # what windows had passed would be missing when it is published again
         blocks = -(-s.cached_tokens // self._block)
         there_and_back = 2 * self.reload_ps(DRAM, blocks * self.index.block_bytes, now_ps)
         return there_and_back < self.line.prefill_ps(
