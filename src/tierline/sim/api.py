@@ -12,16 +12,21 @@ from typing import Any
 from tierline.base.clock import FOREVER_PS, PS_PER_NS, PS_PER_S
 from tierline.base.errors import InputError
 from tierline.base.names import lookup
+from tierline.catalog.deployment import Disaggregation
 from tierline.kv.chain import GroupedChain, TraceChain
 from tierline.scheduling.policy import Policy
 from tierline.scheduling.profiles import POLICIES
 from tierline.scheduling.routing import ROUTERS
+from tierline.scheduling.scaling import Scaling
 from tierline.scheduling.sequence import Sequence
 from tierline.sim.audit import run_checked
 from tierline.sim.faults import Fault, inject, with_bursts
-from tierline.sim.fleet import Fleet
+from tierline.sim.fleet import Fleet, Route
 from tierline.sim.instance import Instance
+from tierline.sim.pools import Pools
 from tierline.sim.record import FAILED, Requests, Run, Steps
+from tierline.sim.replica import Replica
+from tierline.sim.scaler import Scaler
 from tierline.sim.watch import Watch
 from tierline.workload.request import Request
 from tierline.workload.slo import ServiceLevel
@@ -43,14 +48,18 @@ def simulate(
     repeats_max: int = FOREVER_PS,
     progress: Callable[[int], None] | None = None,
     faults: Iterable[Fault] = (),
+    disaggregation: Disaggregation | None = None,
+    scaling: Scaling | Mapping[str, Scaling] | None = None,
     check: bool = False,
     prepare: Callable[[Fleet], None] | None = None,
 ) -> Run:
     """Replay `requests` (in order of arrival) on a fleet.
 
-    `instances` is one kind for all `replicas`, or one entry a replica.  `faults` strike
-    on the way; with `check` every invariant is asserted after every instant.  `prepare` may
-    add what nobody else needs before the run starts.
+    `instances` is one kind for all `replicas`, or one entry a replica; requests go among the
+    replicas of their model.  With `disaggregation` the first replicas compute prompts and
+    the others decode.  `scaling` (for every model, or by name) keeps the number of replicas,
+    in each pool.  `faults` strike on the way; with `check` every invariant is asserted after
+    every instant.  `prepare` may add what nobody else needs before the run starts.
     """
     kinds = list(instances) if not isinstance(instances, Instance) else [instances] * replicas
     if not requests:
@@ -65,6 +74,7 @@ def simulate(
         trace_block_tokens=trace_block_tokens,
         prefix_cache=all(kind.prefix_cache for kind in kinds),
     )
+    models = _models(kinds, requests, requested.columns)
     weights = tenant_weights
     if weights is None and len(requested.tenants) > 1:
         weights = {}
@@ -73,6 +83,10 @@ def simulate(
         kind.replica(n, chosen, seed=seed, tenant_weights=weights, line=lines[id(kind)])
         for n, kind in enumerate(kinds)
     ]
+    for replica, kind in zip(members, kinds, strict=True):
+        replica.model = models.index(kind.cost.model.name)
+    for replica in members[disaggregation.prefill_instances :] if disaggregation else ():
+        replica.decodes_only = True
     fleet = Fleet(
         members,
         arrivals=iter(requested),
@@ -83,16 +97,73 @@ def simulate(
         seed=seed,
         repeats_max=repeats_max,
     )
-    router = lookup("routing", routing, ROUTERS)
-    fleet.route = router(fleet.replicas, seed=seed, block_tokens=kinds[0].layout.block_tokens)
+    fleet.route = _route(fleet, routing, seed=seed, block_tokens=kinds[0].layout.block_tokens)
     fleet.progress = progress
+    decoders = [replica for replica in members if replica.decodes_only]
+    if decoders:
+        fleet.pools = Pools(decoders, layers=kinds[0].cost.model.layers)
     struck = inject(fleet, wrong)
+    scalers = _scalers(fleet, scaling, decoders, models)
     if prepare is not None:
         prepare(fleet)
     end_ps = run_checked(fleet) if check else fleet.run()
     run = _finish(fleet, requested, end_ps=end_ps, policy=chosen.name, seed=seed)
-    run.faults = struck
+    run.models = models
+    told = [*struck, *(moment for scaler in scalers for moment in scaler.moments)]
+    run.faults = sorted(told, key=lambda moment: moment.at_ps)
     return run
+
+
+def _models(kinds: Seq[Instance], requests: Seq[Request], columns: Requests) -> tuple[str, ...]:
+    """Names of the models that the fleet serves; which one each request wants goes in a column.
+
+    Raises `InputError` for a request that nobody serves.
+    """
+    models = tuple(dict.fromkeys(kind.cost.model.name for kind in kinds))
+    numbers = {name: number for number, name in enumerate(models)}
+    for i, request in enumerate(requests):
+        if request.model:
+            columns.model[i] = lookup("model of a request", request.model, numbers)
+        elif len(models) > 1:
+            raise InputError(
+                f"request {i} names no model, and the fleet serves {len(models)}",
+                hint=f"name one of {', '.join(models)} in the trace",
+            )
+    return models
+
+
+def _route(fleet: Fleet, routing: str, *, seed: int, block_tokens: int) -> Route:
+    """Requests go among the replicas of their model; groups grow while the fleet runs."""
+    router = lookup("routing", routing, ROUTERS)
+    routes = {
+        model: router(group, seed=seed, block_tokens=block_tokens)
+        for model, group in fleet.groups.items()
+    }
+    if len(routes) == 1:
+        return next(iter(routes.values()))
+    models = fleet.requests.model
+    return lambda sequence, now_ps: routes[models[sequence.id]](sequence, now_ps)
+
+
+def _scalers(
+    fleet: Fleet,
+    scaling: Scaling | Mapping[str, Scaling] | None,
+    decoders: list[Replica],
+    models: Seq[str],
+) -> list[Scaler]:
+    """One for each group of replicas that is to be scaled, started."""
+    if scaling is None:
+        return []
+    groups = [*fleet.groups.values(), *([decoders] if decoders else [])]
+    scalers = []
+    for group in groups:
+        name = models[group[0].model]
+        wanted = scaling.get(name) if isinstance(scaling, Mapping) else scaling
+        if wanted is not None:
+            scalers.append(Scaler(fleet, group, wanted))
+    for scaler in scalers:
+        scaler.start()
+    return scalers
 
 
 def _finish(

@@ -20,7 +20,6 @@ from itertools import count
 from typing import Any
 
 from tierline.base.clock import FOREVER_PS
-from tierline.base.errors import DoesNotFitError
 from tierline.base.rng import stream_seed
 from tierline.scheduling.sequence import Sequence
 from tierline.sim.record import FINISHED, REFUSED, Requests, Steps
@@ -68,12 +67,12 @@ class Fleet:
         for replica in replicas:
             self.join(replica)
 
-    def join(self, replica: Replica, *, routed: bool = True) -> None:
-        """A replica takes part from now on; if it is not `routed`, only others send it work."""
+    def join(self, replica: Replica) -> None:
+        """A replica takes part from now on."""
         assert replica.number == len(self.replicas)
         replica.fleet = self
         self.replicas.append(replica)
-        if routed:
+        if not replica.decodes_only:
             self.groups.setdefault(replica.model, []).append(replica)
         if self.watch is not None:
             self.watch.listen(replica)
@@ -202,16 +201,8 @@ class Fleet:
 
     def _roomy(self, sequence: Sequence, chosen: Replica) -> Replica | None:
         """The chosen replica, or another that could ever hold the request; None: nobody could."""
-        if _fits(chosen, sequence):
+        if chosen.could_hold(sequence):
             return chosen
         group = self.groups[chosen.model]
-        able = [replica for replica in group if replica.accepting and _fits(replica, sequence)]
+        able = [replica for replica in group if replica.accepting and replica.could_hold(sequence)]
         return min(able, key=lambda r: (r.requests_outstanding, r.number), default=None)
-
-
-def _fits(replica: Replica, sequence: Sequence) -> bool:
-    try:
-        replica.scheduler.require_fit(sequence)
-    except DoesNotFitError:
-        return False
-    return True

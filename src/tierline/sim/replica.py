@@ -17,6 +17,7 @@ from heapq import heappop, heappush
 from typing import Any, Protocol
 
 from tierline.base.clock import FOREVER_PS, PS_PER_S
+from tierline.base.errors import DoesNotFitError
 from tierline.kv.link import Link
 from tierline.kv.transfer import DEMAND, DEVICE, Transfer
 from tierline.perf.line import StepLine, steps_before
@@ -32,16 +33,28 @@ LINK_DONE, STEP_DONE, CONTROL = range(3)  # who goes first at one instant; arriv
 class Pools(Protocol):
     """Who computes prompts in one place and decodes in another (`sim.pools`)."""
 
-    def hands_over(self, replica: "Replica", sequence: Sequence) -> bool:
+    def begins(self, replica: "Replica", step: Step, now_ps: int) -> None:
+        """A step with prompts begins there."""
+        ...
+
+    def hands_over(self, replica: "Replica", sequence: Sequence, now_ps: int) -> bool:
         """Whether a computed prompt is decoded elsewhere."""
         ...
 
-    def handed_over(self, replica: "Replica", sequence: Sequence, now_ps: int) -> None:
+    def handed_over(self, sequence: Sequence, now_ps: int) -> None:
         """It was computed here, and its cache leaves now."""
         ...
 
-    def lost(self, replica: "Replica", transfer: Transfer, now_ps: int) -> None:
-        """What was on its way there does not arrive."""
+    def finished(self, sequence: Sequence) -> None:
+        """It said all it had to say where its prompt was computed."""
+        ...
+
+    def sends(self, transfer: Transfer) -> None:
+        """A handover starts to move."""
+        ...
+
+    def lost(self, transfer: Transfer) -> None:
+        """What was handed over does not arrive."""
         ...
 
     def landed(self, replica: "Replica", transfer: Transfer, now_ps: int) -> None:
@@ -134,11 +147,13 @@ class Replica:
         self.twin: Callable[[int], Replica]  # another one like it, empty, by number
         self.line_at: Callable[[float], StepLine]  # its prices when every step takes longer
         self.model = 0  # that it serves, as an index into Run.models
+        self.decodes_only = False  # it gets its work from prefill replicas, not from the router
         self.accepting = True
         self.alive = True
         self.up_since_ps = 0  # paid for since; -1: not paid for
         self.requests_outstanding = 0
         self.prompt_tokens_queued = 0
+        self.tokens_committed = 0  # prompts and outputs of everybody here, to their end
         self.step: Step | None = None
         self.repeats = 0
         self._start_ps = self._end_ps = self._alpha = self._beta = 0
@@ -205,12 +220,21 @@ class Replica:
         own = rate(max(sequence.prompt_tokens - cached, 1), cached)
         return own + (rate(self.prompt_tokens_queued, 0) if self.prompt_tokens_queued else 0)
 
+    def could_hold(self, sequence: Sequence) -> bool:
+        """Whether it would fit if nobody else were here."""
+        try:
+            self.scheduler.require_fit(sequence)
+        except DoesNotFitError:
+            return False
+        return True
+
     # --- what happens to it -----------------------------------------------------------------
 
     def arrive(self, sequence: Sequence, now_ps: int) -> None:
         """A request was routed here."""
         self.requests_outstanding += 1
         self.prompt_tokens_queued += sequence.prompt_tokens
+        self.tokens_committed += sequence.prompt_tokens + sequence.output_max_tokens
         self.sequences[sequence.id] = sequence
         if self.wait_steps and self.step is not None:
             gap = self._alpha + (self._begun(now_ps) - 1) * self._beta
@@ -239,6 +263,20 @@ class Replica:
     def _begun(self, now_ps: int) -> int:
         return steps_before(self._alpha, self._beta, now_ps - self._start_ps, self.repeats)
 
+    def _ended(self, now_ps: int) -> int:
+        """Repeats of the step under way that have ended, which nobody has accounted yet."""
+        done = self._begun(now_ps)
+        ends_ps = self._start_ps + done * self._alpha + self._beta * (done * (done - 1) // 2)
+        return done if ends_ps <= now_ps else done - 1
+
+    def pages_held(self, now_ps: int) -> int:
+        """Pages that running sequences hold, to the repeat that ended last."""
+        pages, index = self.scheduler.pages, self.scheduler.index
+        held = pages.total - pages.free - index.evictable_blocks * index.pages_per_block
+        if self.step is not None:
+            held += self.scheduler.pages_taken(self.step, self._ended(now_ps))
+        return held
+
     def set_line(self, line: StepLine, now_ps: int) -> None:
         """From the next step on, other prices: the accelerator became slower, or well again."""
         self.cut(now_ps)
@@ -263,7 +301,7 @@ class Replica:
             self._link_versions[way] += 1
         self.sequences, self._stop_of, self._paused, self._worst = {}, {}, {}, {}
         self._stops, self._gaps, self._gap_ps, self._doomed = [], [], 0, 0
-        self.requests_outstanding = self.prompt_tokens_queued = 0
+        self.requests_outstanding = self.prompt_tokens_queued = self.tokens_committed = 0
         self.alive = self.accepting = False
         self.up_since_ps = -1
         return here
@@ -275,9 +313,7 @@ class Replica:
         self._version += 1
         if step is None:
             return
-        done = self._begun(now_ps)
-        if self._start_ps + done * self._alpha + self._beta * (done * (done - 1) // 2) > now_ps:
-            done -= 1
+        done = self._ended(now_ps)
         if done and self.fleet.steps is not None:
             self._write_down(step, done, now_ps)
         self._start_ps = min(self._start_ps, now_ps)
@@ -323,7 +359,7 @@ class Replica:
         self._expect(way, now_ps)
         self.scheduler.lost(transfer)
         if transfer.kind == "handover" and self.fleet.pools is not None:
-            self.fleet.pools.lost(self, transfer, now_ps)
+            self.fleet.pools.lost(transfer)
         self.cut(now_ps)
 
     def lose_next(self, now_ps: int) -> None:
@@ -357,6 +393,8 @@ class Replica:
         if not step.decodes and not chunks:
             self.step = None
             return
+        if chunks and self.fleet.pools is not None:
+            self.fleet.pools.begins(self, step, now_ps)
         prompts = [(s.cached_tokens, tokens) for s, tokens in chunks] if chunks else ()
         line = self.line
         if step.draft_tokens or step.padding:
@@ -414,7 +452,9 @@ class Replica:
             if s.cached_tokens + tokens * repeats == s.target_tokens:
                 if s.generated_tokens + 1 >= outputs[s.id]:
                     finished.append(s)
-                elif pools is not None and pools.hands_over(self, s):
+                    if pools is not None:
+                        pools.finished(s)
+                elif pools is not None and pools.hands_over(self, s, now_ps):
                     handed.append(s)
         if self.fleet.steps is not None:
             self._write_down(step, repeats, now_ps)
@@ -432,7 +472,7 @@ class Replica:
         for s in handed:
             self._leave(s)
             assert pools is not None
-            pools.handed_over(self, s, now_ps)
+            pools.handed_over(s, now_ps)
         for s in finished:
             self._leave(s)
             self.fleet.finished(self, s, now_ps)
@@ -440,7 +480,7 @@ class Replica:
 
     def _entered(self, s: Sequence, left: int, tick: int, now_ps: int) -> None:
         """A prompt is computed: its stream goes on until its last token."""
-        if s.preemptions and s.id in self._paused:
+        if s.id in self._paused:
             gap = now_ps - self._paused.pop(s.id)
             self._worst[s.id] = max(self._worst.get(s.id, 0), gap)
         else:
@@ -497,6 +537,7 @@ class Replica:
 
     def _leave(self, s: Sequence) -> None:
         self.requests_outstanding -= 1
+        self.tokens_committed -= s.prompt_tokens + s.output_max_tokens
         self.sequences.pop(s.id, None)
 
     def _write_down(self, step: Step, repeats: int, now_ps: int) -> None:
@@ -532,6 +573,8 @@ class Replica:
             if transfer.kind == "load":
                 tokens = transfer.blocks * self.scheduler.layout.block_tokens
                 self.totals.loaded_tokens[transfer.source] += tokens
+            if transfer.kind == "handover" and self.fleet.pools is not None:
+                self.fleet.pools.sends(transfer)
             link = self.links[(transfer.source, transfer.target)]
             if transfer.kind == "swap-out":
                 stall_ps += link.duration_ps(transfer.bytes)
@@ -543,6 +586,14 @@ class Replica:
                 self._doomed -= 1
                 self.fleet.later(now_ps, self._doom, transfer)
         return stall_ps
+
+    def first_token(self, s: Sequence, now_ps: int) -> None:
+        """Its prompt was computed elsewhere and is here now."""
+        s.first_ps = now_ps
+        self.prompt_tokens_queued -= s.prompt_tokens
+        self._paused[s.id] = now_ps
+        if self.scheduler.note is not None:
+            self.scheduler.note(now_ps, s, "first token", "the last layer of its cache arrived")
 
     def _doom(self, now_ps: int, transfer: Transfer) -> None:
         if transfer in self.under_way(DEVICE):

@@ -18,4 +18,5 @@ class Request:
     session: str = ""
     tenant: str = ""
     priority: int = 0  # larger is more urgent
+    model: str = ""  # that it is for, where a fleet serves several
     deadline_ns: int | None = None  # for the first token, absolute
