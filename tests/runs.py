@@ -11,6 +11,7 @@ from tierline.base.clock import PS_PER_MS, PS_PER_S
 from tierline.base.rng import stream
 from tierline.planner.sim_page import SimPage, render_sim_page
 from tierline.sim.life import slowest
+from tierline.sim.measure import summary
 from tierline.sim.record import (
     FAILED,
     FINISHED,
@@ -78,6 +79,7 @@ class _Service:
         self.run, self.urgent_first, self.watched = run, urgent_first, watched
         self.replicas = [_Replica(0), _Replica(1)]
         self.last_ps: dict[int, int] = {}
+        self.gaps: dict[int, list[int]] = {}  # by class, one for each token after the first
         self.rank = [level.priority for level in run.levels]
 
     def note(self, request: int, at_ps: int, what: str, why: str) -> None:
@@ -165,6 +167,7 @@ class _Service:
             self.note(request, now_ps, "first token", "the prompt is computed")
         else:
             gap_ps = now_ps - self.last_ps[request]
+            self.gaps.setdefault(requests.level[request], []).append(gap_ps)
             requests.itl_max_ps[request] = max(requests.itl_max_ps[request], gap_ps)
         self.last_ps[request] = now_ps
         replica.running[request] = done
@@ -181,8 +184,12 @@ def served_run(
     policy: str = "fcfs",
     rate_rps: float = 24,
     watched: int = 40,
+    gaps: dict[int, list[int]] | None = None,
 ) -> Run:
-    """`count` requests of three classes and tenants; `policy` is fcfs or urgent-first."""
+    """`count` requests of three classes and tenants; `policy` is fcfs or urgent-first.
+
+    `gaps` is filled with every gap between two tokens, by class.
+    """
     rng = stream(seed, "tests.runs")
     requests = Requests(count)
     arrival_s = 0.0
@@ -197,11 +204,15 @@ def served_run(
     run = Run(
         requests=requests, levels=LEVELS, tenants=TENANTS, steps=Steps(), policy=policy, seed=seed
     )
-    requests.outcome[3], requests.outcome[11] = REFUSED, FAILED
-    turns = [i for i in range(count) if i not in (3, 11)]
+    lost = {3: REFUSED, 11: FAILED} if count > 11 else {}
+    for number, outcome in lost.items():
+        requests.outcome[number] = outcome
+    turns = [i for i in range(count) if i not in lost]
     service = _Service(run, urgent_first=policy == "urgent-first", watched=watched)
     for replica in service.replicas:
         service.serve(replica, [i for i in turns if i % 2 == replica.totals.number])
+    if gaps is not None:
+        gaps.update(service.gaps)
     run.end_ps = max(r.now_ps for r in service.replicas)
     for replica in service.replicas:
         replica.totals.up_ps = run.end_ps
@@ -210,13 +221,19 @@ def served_run(
     return run
 
 
+def page_of(runs: list[Run], **page: object) -> str:
+    """The page of these runs."""
+    told = [summary(run) for run in runs]
+    return render_sim_page(replace(PAGE, **page), runs, told)  # type: ignore[arg-type]
+
+
 def sim_page_of(*, several: bool = True, request: int | None = None, **page: object) -> str:
     """A page of served runs: urgent-first alone, or beside first come, first served."""
     first = served_run(policy="urgent-first")
     chosen = slowest(first, 1, latency="ttft")[0] if request is None else request
     first = served_run(policy="urgent-first", watched=chosen)
     runs = [first, served_run(policy="fcfs")] if several else [first]
-    return render_sim_page(replace(PAGE, request=chosen, **page), runs)  # type: ignore[arg-type]
+    return page_of(runs, request=chosen, **page)
 
 
 PAGE = SimPage(

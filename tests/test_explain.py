@@ -61,7 +61,7 @@ def test_the_text_says_all_of_it(run: Run) -> None:
     text = render_explanation(told)
 
     assert text.startswith("Request 119 (batch, acme; ")
-    for words in ("queued 5.43 s", "it ended when request", "chunk", "8 times", "kept", "[...."):
+    for words in ("queued 5.43 s", "it ended when request", "chunk", "chunk ×8", "kept", "[...."):
         assert words in text, words
     loaded = json.loads(told.to_json())
     assert loaded["waits"][0]["ahead"] == list(told.waits[0].ahead)

@@ -2,6 +2,7 @@
 observed and not made up, promises counted over all that arrived, money from time paid for."""
 
 import json
+from dataclasses import replace
 from math import ceil
 
 import pytest
@@ -11,9 +12,10 @@ from hypothesis import strategies as st
 from runs import LEVELS, TENANTS, finished, run_of, served_run
 from tierline.base.clock import PS_PER_S
 from tierline.sim.fairness import fairness
-from tierline.sim.measure import good_requests, nearest_rank, promises, summary
+from tierline.sim.measure import Promise, good_requests, nearest_rank, promises, summary
 from tierline.sim.record import FAILED, REFUSED, ReplicaTotals, Run
 from tierline.sim.text import compare, render
+from tierline.workload.slo import parse_service_levels
 
 
 def ordered(values: list[int]):  # type: ignore[no-untyped-def]
@@ -117,6 +119,44 @@ def test_a_promise_is_kept_exactly_when_its_percentile_is_within_its_limit(
 
     assert promises(run)[0].kept == (within * 100 >= 99 * len(late_ms))
     assert promises(run)[0].met_share == within / len(late_ms)
+
+
+def itl_promise(run: Run, percentile: float) -> Promise:
+    """The chat class promises this percentile of its gaps alone."""
+    level = parse_service_levels([f"chat:itl_p{percentile:g}=30ms"])[0]
+    run.levels = (level, *(replace(other, targets=()) for other in run.levels[1:]))
+    (promise,) = promises(run)
+    return promise
+
+
+@pytest.mark.parametrize("percentile", [50, 90, 99, 99.9])
+def test_a_promise_on_itl_counts_every_gap(percentile: float) -> None:
+    """Against the gaps as the tokens came out, one by one."""
+    gaps: dict[int, list[int]] = {}
+    run = served_run(gaps=gaps)
+    for lost in (3, 11):
+        run.requests.output_tokens[lost] = 1  # no gap of theirs never came
+    promise = itl_promise(run, percentile)
+    every = sorted(gaps[0])
+
+    assert len(every) > 5000
+    assert promise.of == "gaps"
+    assert promise.value_s == every[ceil(percentile * len(every) / 100 - 1e-9) - 1] / PS_PER_S
+    assert promise.met_share == pytest.approx(sum(g <= 3e10 for g in every) / len(every))
+
+
+def test_gaps_that_never_came_have_no_end() -> None:
+    """Control: one lost request of many tokens breaks the promise that the others keep."""
+    run = served_run(rate_rps=2)
+    assert itl_promise(run, 90).kept
+
+    run.requests.output_tokens[11] = 10**6
+    lost = itl_promise(run, 90)
+    assert (lost.value_s, lost.kept) == (None, False)
+    assert lost.met_share < 0.02
+
+    run.steps = None  # without steps the longest gaps of requests stand for all gaps
+    assert itl_promise(run, 90).of == "requests"
 
 
 @pytest.mark.parametrize(

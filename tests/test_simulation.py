@@ -213,7 +213,7 @@ def test_faults_are_inputs_like_any_other(inputs: Path, tmp_path: Path) -> None:
     write_simulation(done, tmp_path)
 
     assert done.summaries[0].hash != run_all(plain).summaries[0].hash
-    assert done.summaries[0].faults == 2  # broken and mended
+    assert done.summaries[0].fleet_events == 2  # broken and mended
     assert "replica 0 dies" in (tmp_path / "page.html").read_text()
     assert read_replay(tmp_path)[0].faults == (words,)
     assert f"--fault {words}" in command_of(faulty, tmp_path)

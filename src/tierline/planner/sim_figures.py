@@ -24,7 +24,7 @@ from tierline.planner.sim_pictures import (
 )
 from tierline.sim.columns import Column, column
 from tierline.sim.life import KINDS, beside_its_wait, life
-from tierline.sim.measure import nearest_rank, promised_ps, promises
+from tierline.sim.measure import nearest_rank, promised_ps
 from tierline.sim.record import UNFINISHED, Run
 
 if TYPE_CHECKING:
@@ -65,7 +65,7 @@ def latency_figures(runs: Sequence[Run]) -> list[Picture]:
     if not len(runs[0].requests):
         note = "The trace holds no request within the time that was replayed."
         return [Picture(name="latency", title="Nothing arrived", note=note)]
-    met = {(p.level, p.target): p.met_share for p in promises(runs[0])}
+    met = _met(runs[0])
     frames = [
         (met[(level.name, target.text)], number, i, target)
         for number, level in enumerate(runs[0].levels)
@@ -88,6 +88,19 @@ def latency_figures(runs: Sequence[Run]) -> list[Picture]:
         )
         for _, number, _, target in sorted(frames, key=lambda f: f[:3])[:LATENCY_PICTURES_MAX]
     ]
+
+
+def _met(run: Run) -> dict[tuple[str, str], float]:
+    """Requests within each promise of the classes that anybody is in, as a share."""
+    levels, values = column(run.requests, "level"), promised_ps(run.requests)
+    return {
+        (level.name, target.text): float(
+            (values[target.metric][levels == number] <= target.limit_ns * PS_PER_NS).mean()
+        )
+        for number, level in enumerate(run.levels)
+        for target in level.targets
+        if (levels == number).any()
+    }
 
 
 def _latency(runs: Sequence[Run], shown: _Frame) -> Picture:

@@ -14,7 +14,7 @@ from tierline.kv.transfer import TIER_NAMES
 from tierline.planner.pages import render_page
 from tierline.planner.sim_figures import sim_figures
 from tierline.sim.compare import Difference, good_difference
-from tierline.sim.measure import Group, Summary, summary
+from tierline.sim.measure import Group, Summary
 from tierline.sim.record import Run
 from tierline.sim.text import headline
 from tierline.workload.slo import parse_target
@@ -50,9 +50,8 @@ class Tile:
     anchor: str
 
 
-def render_sim_page(page: SimPage, runs: Sequence[Run]) -> str:
-    """The page of these runs as one self-contained HTML text."""
-    told = [summary(run) for run in runs]
+def render_sim_page(page: SimPage, runs: Sequence[Run], told: Sequence[Summary]) -> str:
+    """The page of these runs, and what was told of each, as one self-contained HTML text."""
     first = told[0]
     tenants = group_rows(first.tenants)
     return render_page(
@@ -74,7 +73,7 @@ def render_sim_page(page: SimPage, runs: Sequence[Run]) -> str:
         replicas=replica_rows(runs[0]),
         replicas_more=max(len(runs[0].replicas) - REPLICAS_MAX, 0),
         moved=[(kind, format_bytes(count)) for kind, count in first.fleet.moved_bytes.items()],
-        faults=[
+        events=[
             (chr(65 + i) if i < 26 else "", format_seconds(f.at_ps / PS_PER_S), f.what, f.why)
             for i, f in enumerate(runs[0].faults)
         ],
@@ -164,11 +163,9 @@ def doubts(run: Run, told: Summary) -> list[str]:
         )
     if any(t.metric == "itl" for level in run.levels for t in level.targets):
         said.append(
-            "A limit on ITL is held against the longest gap of each request, which is stricter "
-            "than a percentile over all gaps."
+            "A promise on ITL is judged over all gaps between tokens; a request is good only when "
+            "its longest gap is within the limit, which is stricter."
         )
-    if told.faults:
-        said.append("Faults were put in; without them the numbers are better.")
     return said
 
 
@@ -230,7 +227,7 @@ def promise_rows(told: Summary) -> list[tuple[str, ...]]:
             p.target,
             "✓ kept" if p.kept else "✗ broken",
             "not served" if p.value_s is None else format_seconds(p.value_s),
-            f"{p.met_share:.2%}",
+            f"{p.met_share:.2%} of {p.of}",
         )
         for p in told.promises
     ]

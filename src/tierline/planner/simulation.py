@@ -175,8 +175,12 @@ def run_all(
     to its first token) and who was beside it.
     """
     loaded = load(replay)
-    runs = [run_policy(loaded, name, progress=progress) for name in replay.policies]
-    told = [summary(run) for run in runs]
+    runs, told = [], []
+    for name in replay.policies:
+        run = run_policy(loaded, name, keep_steps=True, progress=progress)
+        told.append(summary(run, mixes=POLICIES[name].mixes))
+        run.steps = None  # they made the summary, and weigh more than all else
+        runs.append(run)
     order = sorted(range(len(runs)), key=lambda i: (-told[i].all.good_share, i))
     runs, told = [runs[i] for i in order], [told[i] for i in order]
     chosen = _chosen(runs[0], request) if watched else None
@@ -219,7 +223,7 @@ def write_simulation(done: Simulation, folder: Path, *, table: str = "csv") -> l
         paths.append(folder / name)
         write_requests(run, paths[-1])
     paths.append(folder / "page.html")
-    write_text(paths[-1], render_sim_page(_page(done, folder), done.runs))
+    write_text(paths[-1], render_sim_page(_page(done, folder), done.runs, done.summaries))
     paths.append(folder / "trace.json.gz")
     write_perfetto(done.runs[0], paths[-1])
     paths.append(folder / "run.json")
@@ -342,6 +346,8 @@ def caveats(done: Simulation) -> tuple[str, ...]:
     ]
     if not any(request.prefix_blocks for request in loaded.requests):
         said.append("The trace does not say which prompts share a prefix, so none is found cached.")
+    if loaded.replay.faults:
+        said.append("Faults were put in; without them the numbers would be better.")
     imitated = [name for name in loaded.replay.policies if name in PROFILES]
     said += [f"{name} imitates {PROFILES[name].imitates}." for name in imitated]
     return tuple(said)

@@ -255,6 +255,7 @@ def _names(requests: Sequence[int]) -> str:
 def _timeline(told: Explanation) -> list[str]:
     lines = []
     for h in told.happenings:
-        often = f" ({h.times} times, until {format_seconds(h.until_s)})" if h.times > 1 else ""
-        lines.append(f"  {format_seconds(h.after_s):>9}  {h.what:<13} {h.why}{often}")
+        what = f"{h.what} ×{h.times:,}" if h.times > 1 else h.what
+        until = f" (the first; until {format_seconds(h.until_s)})" if h.times > 1 else ""
+        lines.append(f"  {format_seconds(h.after_s):>9}  {what:<16} {h.why}{until}".rstrip())
     return lines

@@ -121,11 +121,11 @@ def _promises(summary: Summary) -> list[str]:
             p.target,
             "kept" if p.kept else "BROKEN",
             "not served" if p.value_s is None else _seconds(p.value_s),
-            f"{p.met_share:.1%}",
+            f"{p.met_share:.1%} of {p.of}",
         )
         for p in summary.promises
     ]
-    return table_lines([("", "promise", "", "it is", "requests within"), *rows])
+    return table_lines([("", "promise", "", "it is", "within"), *rows])
 
 
 def _fleet(summary: Summary) -> list[str]:
@@ -149,8 +149,9 @@ def _fleet(summary: Summary) -> list[str]:
     if fairness.jain is not None and fairness.lag_tokens is not None:
         words = f"Jain index {fairness.jain:.3f}, a waiting tenant fell at most"
         rows.append(("fairness", f"{words} {fairness.lag_tokens:,.0f} tokens behind another"))
-    if summary.faults:
-        rows.append(("faults", f"something broke or was mended {summary.faults} times"))
+    if summary.fleet_events:
+        words = "times something broke or was mended, or a replica came or went"
+        rows.append(("events", f"{summary.fleet_events} {words}"))
     width = max(len(name) for name, _ in rows)
     return [f"  {name.ljust(width)}  {words}" for name, words in rows]
 
