@@ -97,6 +97,7 @@ class Policy:
     sheds: bool = False  # who cannot be on time steps back early, longest first
     adaptive_chunk: bool = False  # sizes prompt chunks by the tightest ITL target
     gives_way: bool = False  # background decodes leave for a waiting prompt that is not
+    foresees: bool = False  # background enters only if all that is here could end here
     swaps: bool = False  # preempted work may park in DRAM instead of being recomputed
     floors_percent: tuple[int, int, int] = (0, 0, 0)  # guaranteed share of token service, by band
     owed_percent: int = 100  # of a step's prompt tokens, for who is below that, beside the others
@@ -122,6 +123,7 @@ TIERLINE = Policy(
     sheds=True,
     adaptive_chunk=True,
     gives_way=True,
+    foresees=True,
     swaps=True,
     floors_percent=(0, 5, 2),
     owed_percent=25,

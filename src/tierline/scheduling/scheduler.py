@@ -37,6 +37,7 @@ from tierline.kv.transfer import DEMAND, DEVICE, DRAM, TIER_NAMES, Transfer
 from tierline.perf.line import StepLine
 from tierline.scheduling.chunking import ChunkSizer
 from tierline.scheduling.fairness import FairShare
+from tierline.scheduling.lengths import LengthPredictor, kind_of
 from tierline.scheduling.policy import PATIENT_PS, Policy, by_arrival, deadline_or_patience
 from tierline.scheduling.queue import Entry, WaitingLine
 from tierline.scheduling.sequence import (
@@ -125,7 +126,8 @@ class Scheduler:
         self._arrived = False  # somebody came since the last shedding
         self._room = True  # the step has slots and budget to spare
         self._short = False  # a prompt under way could not grow
-        self._promised_pages = 0  # if every output grew to its limit
+        self._promised_pages = 0  # that those who hold memory will hold at their ends
+        self._lengths = LengthPredictor()
         self._now_ps = 0  # of the last call that said
         self._draining = False  # a gathered batch is being finished
         self._padding = 0
@@ -239,7 +241,6 @@ class Scheduler:
             del self.prefilling[sequence.id]
         elif sequence.state == LOADING:
             del self.loading[sequence.id]
-        self._unpromise(sequence)
         if sequence.state == LOADING and sequence.parked_tokens:
             self.held_back[sequence.id] = sequence  # bytes are on their way into its pages
         else:
@@ -423,7 +424,7 @@ class Scheduler:
                 continue
             if head is not None and (s is None or head[:3] < (s.band, s.key, s.id)):
                 most = self._owed_tokens(budget) if crowded and head[0] == OWED else budget
-                tokens = self._admit(head[3], most, need, now_ps) if slots > 0 else None
+                tokens = self._admit(head, most, need, now_ps) if slots > 0 else None
                 if tokens is None:
                     victim = self._who_gives_way(head[0], begun[at:])
                     if victim is None:
@@ -504,12 +505,16 @@ class Scheduler:
 
     # --- admitting --------------------------------------------------------------------------
 
-    def _admit(self, s: Sequence, budget: int, need: int, now_ps: int) -> int | None:
-        """Tokens of `s` for this step, 0 when it must load first, None when it does not fit.
+    def _admit(self, head: Entry, budget: int, need: int, now_ps: int) -> int | None:
+        """Tokens of `head` for this step, 0 when it must load first, None when it does not fit.
 
         A refusal changes nothing.
         """
+        s = head[3]
+        promise = self._promise(s)
         if s.parked_tokens:
+            if promise and not self._can_promise(head, promise):
+                return None
             return self._admit_parked(s, need, now_ps)
         found = device = loose = fetch = 0
         if s.chain is not None and (limit := self._shareable_blocks(s)):
@@ -517,8 +522,10 @@ class Scheduler:
             if found > device:
                 found, fetch = self._worth_having(s, found, device, fetch, now_ps)
         loose_pages = loose * self._block_pages
-        if not self._keeps_promises(s):
-            return None
+        if promise:
+            promise += loose_pages + (fetch - found) * self._block_pages
+            if not self._can_promise(head, promise):
+                return None
         if found > device:
             if fetch * self._block_pages + need > self._obtainable() - loose_pages:
                 return None
@@ -639,24 +646,28 @@ class Scheduler:
         s = head[3]
         tokens = s.target_tokens + s.output_max_tokens - s.generated_tokens
         self.queue.take(head, tokens)
+        s.promised_pages = self._promise(s)
+        self._promised_pages += s.promised_pages
         if self._fair is not None and not s.preemptions:
             self._fair.serve(s.tenant, tokens)
-        if self.policy.reserves_output and not s.preemptions:
-            self._promised_pages += self._promise(s)
 
     def _promise(self, s: Sequence) -> int:
-        grown = int(s.output_max_tokens * self.policy.reserves_output)
-        return self._held_pages(s.prompt_tokens + grown, 0)
+        """Pages that `s` will come to hold, as far as admission looks ahead; 0: it does not."""
+        policy, most = self.policy, s.output_max_tokens
+        if policy.foresees:
+            kind = kind_of(f"{s.rank} {s.tenant}", s.prompt_tokens)
+            done = min(s.generated_tokens, most - 1)
+            left = self._lengths.expected_remaining(kind, generated=done, at_most=most)
+            return self._held_pages(s.prompt_tokens + done + left, 0)
+        if policy.reserves_output:
+            return self._held_pages(s.prompt_tokens + int(most * policy.reserves_output), 0)
+        return 0
 
-    def _unpromise(self, s: Sequence) -> None:
-        if self.policy.reserves_output and s.admitted_ps >= 0:
-            self._promised_pages -= self._promise(s)
-
-    def _keeps_promises(self, s: Sequence) -> bool:
-        """Whether everybody could still grow as admission assumes, were `s` let in."""
-        if not self.policy.reserves_output or not self.running:
-            return True
-        return self._promised_pages + self._promise(s) <= self.pages.total
+    def _can_promise(self, head: Entry, pages: int) -> bool:
+        """Whether everybody could still grow as far as is foreseen, were `head` let in."""
+        if not self.running or (self.policy.foresees and head[0] <= ON_TIME):
+            return True  # who can be on time does not wait for what may come
+        return self._promised_pages + pages <= self.pages.total
 
     def _urgency(self, s: Sequence) -> tuple[int, int]:
         return (DEMAND, s.due_ps) if s.band <= ON_TIME else (DEMAND, FOREVER_PS)
@@ -798,6 +809,8 @@ class Scheduler:
 
     def _give_back(self, s: Sequence) -> None:
         """All memory that `s` holds: its own pages, and its hold on shared runs."""
+        self._promised_pages -= s.promised_pages
+        s.promised_pages = 0
         self.pages.free += s.pages
         s.pages = s.duplicate_pages = 0
         if self.names is not None:
@@ -936,7 +949,10 @@ class Scheduler:
 
     def _finish(self, s: Sequence, now_ps: int) -> None:
         s.state, s.finish_ps = DONE, now_ps
-        self._unpromise(s)
+        if self.policy.foresees:
+            self._lengths.observe(
+                kind_of(f"{s.rank} {s.tenant}", s.prompt_tokens), s.generated_tokens
+            )
         if self.policy.gathers:
             self._padding = self._padding + 1 if self.decoding else 0
         if self.note is not None:

@@ -45,6 +45,7 @@ class Sequence:
         "pending",
         "preemptions",
         "prefill_ps",
+        "promised_pages",
         "prompt_tokens",
         "published_blocks",
         "rank",
@@ -93,6 +94,7 @@ class Sequence:
         self.run: Any = None  # deepest prefix run it holds
         self.owned_run: Any = None  # the run it is extending
         self.published_blocks = 0
+        self.promised_pages = 0  # that it will hold in all, as admission foresaw
         self.joined_tick = 0
         self.pending = 0  # transfers it waits for
         self.parked_tokens = 0  # cached tokens that were moved to a lower tier
