@@ -37,8 +37,8 @@ from tierline.planner.measured import Row
 from tierline.planner.measured_files import Reading, read_measured
 
 ROUNDS = 2
-STACK_SD = {"tpot": 0.25, "ttft": 0.15, "throughput": 0.25}
-NOISE = {"tpot": 0.10, "ttft": 0.25, "throughput": 0.20}
+STACK_SD = {"tpot": 0.15, "ttft": 0.06, "throughput": 0.15}
+NOISE = {"tpot": 0.10, "ttft": 0.35, "throughput": 0.20}
 QUIET_CLIENTS = 16  # TTFT above this is queueing, not constants
 STEP = 0.02  # of a logarithm, for derivatives
 MOST_EFFICIENT = 0.97
@@ -153,12 +153,12 @@ SPREAD: dict[str, tuple[float, float, float]] = {
     "prefill_layer_us": (0.5, 0.0, 0.0),
     "prefill_mla_us": (0.5, 0.0, 0.0),
     "host_s": (0.8, 0.0, 0.0),
-    "wait_steps": (0.8, 0.0, 0.0),
+    "wait_steps": (0.2, 0.0, 0.0),
 }
 ENGINES: dict[str, tuple[float, float]] = {  # host_s, wait_steps to start from
-    "vllm": (0.03, 2.0),
-    "sglang": (0.06, 2.0),
-    "trtllm": (0.04, 2.0),
+    "vllm": (0.02, 2.0),
+    "sglang": (0.10, 2.0),
+    "trtllm": (0.03, 2.0),
 }
 OUTPUT = Path(__file__).resolve().parents[1] / "src/tierline/perf/data/rates.toml"
 FILES = {

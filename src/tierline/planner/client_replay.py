@@ -25,6 +25,7 @@ from tierline.planner.measured import Row
 PROMPTS_PER_CLIENT = 10
 PROMPTS_ENOUGH = 400  # past four waves, more prompts only repeat the same state
 STEP_TOKENS_MIN = 64
+SCATTER = 0.2  # of the first answers where lengths are alike: how far clients are out of step
 # Of a draft token, by position, on the benchmark's text; the engine's own loss is in it.
 ACCEPTANCE = {"trtllm": 0.7, "sglang": 0.5}
 
@@ -128,7 +129,7 @@ class _Client:
             inputs = max(int(inputs * rng.uniform(0.8, 1)), 1)
             outputs = max(int(outputs * rng.uniform(0.8, 1)), 2)
         elif wave == 0 and self.scatter_first:
-            outputs = max(int(outputs * rng.uniform(0.5, 1.5)), 2)
+            outputs = max(int(outputs * rng.uniform(1 - SCATTER, 1 + SCATTER)), 2)
         self.to_send -= 1
         self.waiting.append(Sent(self.to_send, wave, inputs, outputs, self.now_s, visible_tick))
 

@@ -194,8 +194,8 @@ def _kv_format(weights: str, gpu: GpuSpec, engine: str, model: ModelSpec) -> str
     """What the launch recipes choose: FP8 on Blackwell and under TensorRT-LLM, bf16 else."""
     if weights == "bf16" or "fp8" not in gpu.flops_per_s:
         return "bf16"
-    hopper_default = gpu.generation == "Hopper" and engine != "trtllm"
-    return "bf16" if hopper_default and model.name != "minimax-m2.5" else "fp8"
+    unquantized = engine != "trtllm" or model.name == "gpt-oss-120b"
+    return "bf16" if gpu.generation == "Hopper" and unquantized else "fp8"
 
 
 # --- InferenceX -------------------------------------------------------------------------
