@@ -51,9 +51,11 @@ def test_the_report_counts_names_and_slices_every_row(mine):
     found = report([mine])
 
     assert (found["rows"], found["predicted"], found["coverage"]) == (8, 7, 7 / 8)
-    assert found["not_predicted"][0]["name"].startswith("acme/Wonder-9T")
-    assert set(found["by_model"]) == {"llama-3.1-70b", "qwen3-8b"}
-    assert found["by_gpu"]["h100-sxm"]["rows"] == 6
+    assert found["not_predicted"][0]["name"] == "acme/Wonder-9T, h100-sxm, vllm"
+    assert set(found["by_model"]) == {"llama-3.1-70b", "qwen3-8b", "acme/Wonder-9T"}
+    assert found["by_model"]["acme/Wonder-9T"]["coverage"] == 0
+    assert (found["by_gpu"]["h100-sxm"]["rows"], found["by_gpu"]["h100-sxm"]["predicted"]) == (7, 6)
+    assert found["by_engine"]["vllm"]["coverage"] == 7 / 8
     assert found["by_evidence"]["fitted groups"]["rows"] == 6
     assert found["by_evidence"]["unseen groups"]["rows"] == 1
     assert found["with_three_points"]["rows"] == 3

@@ -182,7 +182,10 @@ def report(paths: Sequence[Path], *, progress: bool = False) -> dict[str, Any]:
         "without_doubted": _without_doubted(outcomes),
         "with_three_points": _with_points(outcomes),
         "by_evidence": _slices(outcomes, _evidence),
-        **{f"by_{name}": _slices(outcomes, key) for name, key in SLICES.items()},
+        **{
+            f"by_{name}": _slices(outcomes, key, Counter(getattr(p, name) for p in problems))
+            for name, key in SLICES.items()
+        },
         "not_predicted": [{"where": p.where, "name": p.name, "reason": p.reason} for p in problems],
         "left_out": dict(left_out),
         "files": [_file(path, reading) for path, reading in zip(paths, readings, strict=True)],
@@ -190,13 +193,26 @@ def report(paths: Sequence[Path], *, progress: bool = False) -> dict[str, Any]:
 
 
 def _no_state(row: Row) -> Problem:
-    name = f"{row.model.name}, {row.gpu.name}, {row.engine.name}"
-    return Problem(where=row.where, name=name, reason="the law knows no state with that load")
+    return Problem(
+        where=row.where,
+        model=row.model.name,
+        gpu=row.gpu.name,
+        engine=row.engine.name,
+        reason="the law knows no state with that load",
+    )
 
 
-def _slices(outcomes: Iterable[Outcome], key: Callable[[Row], str]) -> dict[str, Any]:
+def _slices(
+    outcomes: Iterable[Outcome], key: Callable[[Row], str], problems: Counter[str] | None = None
+) -> dict[str, Any]:
+    """Figures by what `key` says; rows that cannot be predicted count where their names say."""
     parts = grouped(outcomes, key)
-    return {name: figures(part, asked=len(part)) for name, part in sorted(parts.items())}
+    missing = Counter(problems or {})
+    del missing[""]  # a row that does not name this
+    return {
+        name: figures(parts.get(name, []), asked=len(parts.get(name, [])) + missing[name])
+        for name in sorted({*parts, *missing})
+    }
 
 
 def _evidence(row: Row) -> str:

@@ -23,6 +23,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from tierline.base.errors import InputError, TierlineError
 from tierline.catalog.gpu import GpuSpec
@@ -55,8 +56,15 @@ class Problem:
     """A row that cannot be predicted, and why."""
 
     where: str
-    name: str  # model, accelerator and engine as the file spells them
+    model: str  # the catalogue's name where it is known, else as the file spells it
+    gpu: str
+    engine: str
     reason: str
+
+    @property
+    def name(self) -> str:
+        """Model, accelerator and engine, as far as the row says them."""
+        return ", ".join(part for part in (self.model, self.gpu, self.engine) if part)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -151,10 +159,27 @@ def _read_rows(path: Path, name: str, table: Iterable[Mapping[str, str | None]])
         try:
             reading.rows.append(READERS[name](record, where))
         except TierlineError as error:
-            parts = (record.get(k, "") for k in ("model", "gpu_system", "gpu", "accelerator"))
-            label = ", ".join(part for part in (*parts, record.get("engine", "")) if part)
-            reading.problems.append(Problem(where=where, name=label, reason=str(error)))
+            reading.problems.append(_problem(record, where, error))
     return reading
+
+
+def _problem(record: Record, where: str, error: TierlineError) -> Problem:
+    """The row under the names that the rest of the report uses, as far as they are known."""
+
+    def known(name: Callable[[str], Any], *columns: str) -> str:
+        said = next((record[column] for column in columns if record.get(column)), "")
+        try:
+            return str(name(said).name) if said else ""
+        except TierlineError:
+            return said
+
+    return Problem(
+        where=where,
+        model=known(model_named, "model"),
+        gpu=known(gpu_named, "gpu_system", "gpu", "accelerator"),
+        engine=known(engine_named, "engine"),
+        reason=str(error),
+    )
 
 
 def _whole(record: Record, key: str, *, least: int, default: int | None = None) -> int:
@@ -399,8 +424,8 @@ def _read_runs(path: Path, text: str) -> Reading:
         try:
             reading.runs.append(_run(name, where, entry, requests[name]))
         except TierlineError as error:
-            label = f"{entry.get('model')}, {entry.get('gpu')}"
-            reading.problems.append(Problem(where=where, name=label, reason=str(error)))
+            record = {key: str(value) for key, value in entry.items()}
+            reading.problems.append(_problem(record, where, error))
     return reading
 
 
