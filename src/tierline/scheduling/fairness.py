@@ -93,6 +93,11 @@ class FairShare:
         """What the least served of those who wait has received, over its weight."""
         return self._rise() // self._unit
 
+    @property
+    def tenants_waiting(self) -> int:
+        """Tenants that have something charged and not yet computed."""
+        return len(self._queued)
+
     def check(self) -> None:
         """INV-SCHED-43, the part that is state."""
         assert all(units > 0 for units in self._queued.values())

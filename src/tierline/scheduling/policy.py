@@ -127,7 +127,7 @@ TIERLINE = Policy(
     swaps=True,
     floors_percent=(0, 5, 2),
     owed_percent=25,
-    debt_max_tokens=200_000,
+    debt_max_tokens=1_000_000,
     debt_free_tokens=20_000,
 )
 BASELINES = (FCFS, SHORTEST, PRIORITY, EDF)

@@ -112,7 +112,7 @@ class WaitingLine:
         """Move waiting sequences behind all that can still be on time."""
         for sequence in late:
             sequence.band = LATE
-            sequence.key = sequence.arrival_ps
+            sequence.key = sequence.arrival_ps + sequence.debt_ps
             heappush(self._lanes[LATE].heap, (LATE, sequence.key, sequence.id, sequence))
         lane = self._lanes[ON_TIME]
         lane.heap = [entry for entry in lane.heap if entry[3].band != LATE]

@@ -147,7 +147,8 @@ class Scheduler:
         policy = self.policy
         sequence.band, sequence.key = policy.band(sequence), policy.key(sequence)
         if self._fair is not None:
-            sequence.key += self._debt_ps(sequence)
+            sequence.debt_ps = self._debt_ps(sequence)
+            sequence.key += sequence.debt_ps
             self._fair.charge(sequence.tenant, sequence.prompt_tokens + sequence.output_max_tokens)
         first = self.queue.push(sequence)
         self._arrived = True
@@ -276,10 +277,13 @@ class Scheduler:
             )
 
     def _debt_ps(self, sequence: Sequence) -> int:
-        """What a tenant above its share falls back by: fixed now, so that heaps stay sorted."""
+        """What a tenant above its share falls back by: fixed now, so that heaps stay sorted.
+
+        It is the time that a fair server would take to serve everybody who waits as much.
+        """
         assert self._fair is not None
-        tokens = self._fair.lag_tokens(sequence.tenant) - self.policy.debt_free_tokens
-        return max(tokens, 0) * (sequence.prefill_ps // sequence.prompt_tokens)
+        tokens = max(self._fair.lag_tokens(sequence.tenant) - self.policy.debt_free_tokens, 0)
+        return tokens * self._fair.tenants_waiting * (sequence.prefill_ps // sequence.prompt_tokens)
 
     def _woken(self, transfer: Transfer) -> bool:
         # Memory moved: a refused head may fit now, and a prompt that was short may grow.

@@ -26,6 +26,7 @@ class Sequence:
         "band",
         "cached_tokens",
         "chain",
+        "debt_ps",
         "due_ps",
         "duplicate_pages",
         "finish_ps",
@@ -86,6 +87,7 @@ class Sequence:
         self.state = WAITING
         self.band = ON_TIME
         self.key: Any = 0  # its place in the order, fixed when it enters the queue
+        self.debt_ps = 0  # of that place, what its tenant fell back by
         self.target_tokens = prompt_tokens  # to be cached before the next token is sampled
         self.cached_tokens = 0
         self.generated_tokens = 0

@@ -4,6 +4,9 @@ Take the prompts in order of their deadlines.  Whenever one would be late, the l
 steps back: Moore and Hodgson's rule (1968), which keeps the most jobs on time that one
 server can.  Without it, every deadline order falls like dominoes at overload: each late
 prompt makes the next one late, and the earliest deadline first is the worst of all.
+
+What a tenant in debt asks for comes later in that order and counts as longer by the debt, so
+whoever floods steps back before those who do not.
 """
 
 from collections.abc import Iterable
@@ -28,15 +31,15 @@ def too_late(
     from one such step to the next."""
     rate = line.prefill_rate(chunk=chunk, decodes=decodes, context_tokens=context_tokens)
     end_ps = now_ps
-    kept: list[tuple[int, int, Sequence]] = []
+    kept: list[tuple[int, int, Sequence, int]] = []
     late: list[Sequence] = []
-    for job in sorted(jobs, key=lambda s: (s.due_ps, s.id)):
+    for job in sorted(jobs, key=lambda s: (s.due_ps + s.debt_ps, s.id)):
         tokens = job.target_tokens - job.cached_tokens
         work_ps = rate(tokens, job.cached_tokens) + between_ps * tokens // chunk
         end_ps += work_ps
-        heappush(kept, (-work_ps, job.id, job))
+        heappush(kept, (-work_ps - job.debt_ps, job.id, job, work_ps))
         if end_ps > job.due_ps:
-            negative, _, longest = heappop(kept)
-            end_ps += negative
+            _, _, longest, work_ps = heappop(kept)
+            end_ps -= work_ps
             late.append(longest)
     return late
