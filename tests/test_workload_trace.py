@@ -259,6 +259,7 @@ REQUESTS = st.builds(
     session=st.text("abc1", max_size=3),
     tenant=st.text("abc1", max_size=3),
     priority=st.integers(-5, 5),
+    model=st.sampled_from(["", "llama-3.1-8b"]),
     deadline_ns=st.none() | st.integers(1, 10**15),
 )
 

@@ -40,6 +40,7 @@ class Columns:
     session: str | None = None
     tenant: str | None = None
     priority: str | None = None
+    model: str | None = None
     deadline: str | None = None
     arrival_unit: str = ""
     failed_output_zero: bool = False  # no output means a failed request, not a broken row
@@ -52,6 +53,7 @@ FORMATS = {
         session="session",
         tenant="tenant",
         priority="priority",
+        model="model",
         deadline="deadline_ns",
         arrival_unit="ns",
     ),
@@ -86,6 +88,8 @@ FORMATS = {
 }
 DOCUMENTS = ("vllm", "guidellm")  # one JSON value in the file, not lines
 
+REQUIRED = ("arrival", "input", "output")
+OPTIONAL = ("session", "tenant", "priority", "model", "deadline")
 _TOKENS_MAX = 10**9
 _INT64_MAX = 2**63 - 1
 _UNIT_NS = {"s": 10**9, "ms": 10**6, "us": 10**3, "ns": 1}
@@ -221,9 +225,7 @@ def csv_parser(header: str, columns: Columns, *, where: str) -> Parse:
         return names.index(name)
 
     at = {
-        f: place(name)
-        for f in ("arrival", "input", "output", "session", "tenant", "priority", "deadline")
-        if (name := getattr(columns, f)) is not None
+        f: place(name) for f in (*REQUIRED, *OPTIONAL) if (name := getattr(columns, f)) is not None
     }
     build = _builder(columns)
 
@@ -244,12 +246,9 @@ def json_parser(columns: Columns) -> Parse:
     """A parser of JSON lines, or of objects already parsed."""
     paths = [
         (f, path, path.split("."))
-        for f in (
-            ["arrival", "input", "output", "blocks", "session", "tenant", "priority", "deadline"]
-        )
+        for f in (*REQUIRED, "blocks", *OPTIONAL)
         if (path := getattr(columns, f)) is not None
     ]
-    required = {"arrival", "input", "output"}
     build = _builder(columns)
 
     def parse(line: str | dict[str, Any]) -> Request | None:
@@ -261,7 +260,7 @@ def json_parser(columns: Columns) -> Parse:
             value: Any = record
             for step in steps:
                 value = value.get(step) if isinstance(value, dict) else None
-            if value is None and f in required:
+            if value is None and f in REQUIRED:
                 raise ValueError(f"no {path!r}")
             if value is not None:
                 values[f] = value
@@ -294,6 +293,7 @@ def _builder(columns: Columns) -> Callable[[dict[str, Any]], Request | None]:
             session=str(values.get("session", "")),
             tenant=str(values.get("tenant", "")),
             priority=int(values.get("priority", 0)),
+            model=str(values.get("model", "")),
             deadline_ns=int(deadline) if deadline else None,
         )
 

@@ -326,6 +326,7 @@ def _record(request: Request) -> dict[str, Any]:
         "session": request.session,
         "tenant": request.tenant,
         "priority": request.priority,
+        "model": request.model,
         "deadline_ns": request.deadline_ns,
     }
     return {key: value for key, value in record.items() if value or key == "arrival_ns"}
