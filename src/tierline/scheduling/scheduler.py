@@ -156,8 +156,9 @@ class Scheduler:
             return True  # both look at everybody who waits
         if self._room and self._blocked is None:
             return True
-        # Behind everybody nothing can change; a new head asks for itself.
-        return first and policy.key is not by_arrival
+        # Behind everybody nothing can change; a new head asks for itself.  By arrival it can
+        # only be before others when it comes back from a replica that died.
+        return first and (policy.key is not by_arrival or self.queue.waiting > 1)
 
     def landed(self, transfer: Transfer) -> bool:
         """A transfer is done. True: the step under way should not be repeated further."""
