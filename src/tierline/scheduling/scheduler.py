@@ -167,15 +167,16 @@ class Scheduler:
             self.index.unpark(transfer.blocks)
         return self._woken(transfer)
 
-    def lost(self, transfer: Transfer) -> bool:
+    def lost(self, transfer: Transfer, now_ps: int) -> bool:
         """A transfer was given up: who waited for it goes back to the queue and recomputes."""
+        self._now_ps = now_ps
         for sequence in transfer.waiters:
             if sequence.state == WAITING:
                 sequence.parked_tokens = 0  # what was to be parked is lost
             elif sequence.state == LOADING:
                 self._stop_loading(sequence, transfer)
             elif sequence.id in self.held_back and transfer.target == DEVICE:
-                self.released(sequence)
+                self.released(sequence, now_ps)
         self.index.lost(transfer)
         if transfer.kind in ("swap-in", "swap-out"):
             self.index.unpark(transfer.blocks)
@@ -249,10 +250,12 @@ class Scheduler:
             self._give_back(sequence)
         sequence.state = DONE
 
-    def released(self, sequence: Sequence) -> None:
+    def released(self, sequence: Sequence, now_ps: int) -> None:
         """What was handed over has arrived elsewhere: its pages are free."""
+        self._now_ps = now_ps
         del self.held_back[sequence.id]
         self._give_back(sequence)
+        self.index.epoch += 1  # who was refused may fit now
 
     @property
     def running(self) -> int:
@@ -292,7 +295,7 @@ class Scheduler:
         for sequence in transfer.waiters:
             if sequence.state != LOADING:
                 if sequence.id in self.held_back and transfer.target == DEVICE:
-                    self.released(sequence)
+                    self.released(sequence, self._now_ps)
                 continue
             sequence.pending -= 1
             if sequence.pending == 0:
