@@ -181,7 +181,7 @@ class NamingExecutor:
             for run in transfer.runs:
                 self.content.update(self.run_slots(run))
         if lost:
-            self.scheduler.lost(transfer)
+            self.scheduler.lost(transfer, self.now_ps)
         else:
             self.scheduler.landed(transfer)
 

@@ -195,7 +195,7 @@ class Pools:
     def _release(self, handover: _Handover, now_ps: int) -> None:
         """The sender's copy is needed no more."""
         if _keeps(handover):
-            handover.sender.scheduler.released(handover.original)
+            handover.sender.scheduler.released(handover.original, now_ps)
             handover.sender.cut(now_ps)
 
 

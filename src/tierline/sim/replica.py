@@ -165,6 +165,7 @@ class Replica:
         self._gap_ps = 0  # time since the last tick in steps that advanced no decode
         self._paused: dict[int, int] = {}  # preempted after tokens: instant of the last one
         self._worst: dict[int, int] = {}  # their longest gap so far
+        self._skipped: dict[int, int] = {}  # stood still before these joined, since the last tick
         self._doomed = 0  # transfers to come that will not arrive
         self.sequences: dict[int, Sequence] = {}  # everybody who is here
         chunk = scheduler.limits.chunk_tokens
@@ -300,6 +301,7 @@ class Replica:
         for way in self._link_versions:
             self._link_versions[way] += 1
         self.sequences, self._stop_of, self._paused, self._worst = {}, {}, {}, {}
+        self._skipped = {}
         self._stops, self._gaps, self._gap_ps, self._doomed = [], [], 0, 0
         self.requests_outstanding = self.prompt_tokens_queued = self.tokens_committed = 0
         self.alive = self.accepting = False
@@ -357,7 +359,7 @@ class Replica:
         way = (transfer.source, transfer.target)
         self.links[way].cancel(transfer, now_ps)
         self._expect(way, now_ps)
-        self.scheduler.lost(transfer)
+        self.scheduler.lost(transfer, now_ps)
         if transfer.kind == "handover" and self.fleet.pools is not None:
             self.fleet.pools.lost(transfer)
         self.cut(now_ps)
@@ -413,7 +415,7 @@ class Replica:
         if repeats > 1 and line.bends:
             repeats = min(repeats, line.linear_steps(step.decodes, step.context_tokens, prompts))
         self.step, self._start_ps, self._alpha, self._beta = step, now_ps + stall_ps, alpha, beta
-        self._gap_ps += stall_ps
+        self._stand_still(stall_ps)
         self._plan(repeats)
 
     def _plan(self, repeats: int) -> None:
@@ -445,7 +447,7 @@ class Replica:
                     del stop_of[i]
                     finished.append(decoding[i])
         else:
-            self._gap_ps += now_ps - self._start_ps
+            self._stand_still(now_ps - self._start_ps)
         outputs, pools = self.fleet.outputs, self.fleet.pools
         handed: list[Sequence] = []
         for s, tokens in step.chunks:
@@ -488,6 +490,8 @@ class Replica:
         if left > 0 and s.id in self.scheduler.decoding:
             self._stop_of[s.id] = tick + left
             heappush(self._stops, (tick + left, s.id))
+            if self._gap_ps:
+                self._skipped[s.id] = self._gap_ps
 
     def _count(self, step: Step, repeats: int, now_ps: int) -> None:
         totals = self.totals
@@ -500,27 +504,41 @@ class Replica:
 
     def _note_gap(self, tick: int, repeats: int) -> None:
         """Keep, for every tick, the longest gap since: a stack that only falls."""
-        worst = max(self._gap_ps + self._alpha, self._alpha + (repeats - 1) * self._beta)
-        self._gap_ps = 0
+        if self._gap_ps:
+            self._push_gap(tick - repeats + 1, self._gap_ps + self._alpha)
+            self._gap_ps = 0
+        self._push_gap(tick, self._alpha + (repeats - 1) * self._beta)
+
+    def _push_gap(self, tick: int, gap_ps: int) -> None:
         gaps = self._gaps
-        while gaps and gaps[-1][1] <= worst:
+        while gaps and gaps[-1][1] <= gap_ps:
             gaps.pop()
-        gaps.append((tick, worst))
+        gaps.append((tick, gap_ps))
+
+    def _stand_still(self, for_ps: int) -> None:
+        """Time passes and no stream gets a token; it counts while there are streams."""
+        self._gap_ps = self._gap_ps + for_ps if self.scheduler.decoding else 0
 
     def longest_gap_ps(self, s: Sequence) -> int:
         """The longest time between two tokens of `s`."""
-        at = bisect_left(self._gaps, (s.joined_tick + 1,))
-        streaming = self._gaps[at][1] if at < len(self._gaps) else 0
-        return max(streaming, self._worst.pop(s.id, 0))
+        return max(self._since_joining(s), self._worst.pop(s.id, 0))
+
+    def _since_joining(self, s: Sequence) -> int:
+        """The longest gap since `s` joined; what stood still before that is not of its first."""
+        gaps, before_ps = self._gaps, self._skipped.pop(s.id, 0)
+        at = bisect_left(gaps, (s.joined_tick + 1,))
+        longest = gaps[at][1] if at < len(gaps) else 0
+        if not before_ps:
+            return longest
+        at = bisect_left(gaps, (s.joined_tick + 2,))
+        return max(longest - before_ps, gaps[at][1] if at < len(gaps) else 0)
 
     def _pause(self, preempted: list[Sequence], now_ps: int) -> None:
         for s in preempted:
             self._stop_of.pop(s.id, None)
             if s.generated_tokens:
                 self._paused.setdefault(s.id, now_ps)
-                at = bisect_left(self._gaps, (s.joined_tick + 1,))
-                if at < len(self._gaps):
-                    self._worst[s.id] = max(self._worst.get(s.id, 0), self._gaps[at][1])
+                self._worst[s.id] = max(self._worst.get(s.id, 0), self._since_joining(s))
 
     def _verify(self, step: Step, tick: int) -> dict[int, int]:
         """Drafts that turn out right; nobody gets more than it has left to say."""
