@@ -17,13 +17,14 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from tierline.base.errors import TierlineError
 from tierline.base.files import content_hash
 from tierline.base.progress import with_progress
 from tierline.perf.stack_factor import stack_factor
 from tierline.perf.step import EngineProfile, Rates, fitted_groups, load_rates
 from tierline.planner.client_replay import replay
 from tierline.planner.measured import Row
-from tierline.planner.measured_files import Problem, Reading, read_measured
+from tierline.planner.measured_files import Problem, Reading, Run, read_measured
 
 PROBLEMS_SHOWN = 20
 CALIBRATION_POINTS = 3
@@ -171,12 +172,10 @@ def report(paths: Sequence[Path], *, progress: bool = False) -> dict[str, Any]:
         if found is not None:
             outcomes.append(found)
         else:
-            problems.append(_no_state(row))
-    runs = sum(len(reading.runs) for reading in readings)
+            problems.append(_unpredicted(row, "the law knows no state with that load"))
+    runs = [_runs(reading.runs, outcomes, problems) for reading in readings]
     left_out = sum((reading.left_out for reading in readings), Counter[str]())
     asked = len(outcomes) + len(problems)
-    if asked + runs == 0:
-        left_out["no rows at all"] = 0
     return {
         **figures(outcomes, asked=asked),
         "without_doubted": _without_doubted(outcomes),
@@ -188,17 +187,57 @@ def report(paths: Sequence[Path], *, progress: bool = False) -> dict[str, Any]:
         },
         "not_predicted": [{"where": p.where, "name": p.name, "reason": p.reason} for p in problems],
         "left_out": dict(left_out),
+        "runs": [run for found in runs for run in found],
         "files": [_file(path, reading) for path, reading in zip(paths, readings, strict=True)],
     }
 
 
-def _no_state(row: Row) -> Problem:
+def _runs(
+    runs: Sequence[Run], outcomes: list[Outcome], problems: list[Problem]
+) -> list[dict[str, Any]]:
+    """What simulations say of a file's runs; their outcomes are added to those of rows.
+
+    A run that calibrated the others is predicted but is no evidence of accuracy.
+    """
+    if not runs:
+        return []
+    from tierline.planner.measured_runs import calibrate_and_predict, row_of, simulated
+
+    possible = []
+    for run in runs:
+        try:
+            simulated(run)
+            possible.append(run)
+        except TierlineError as error:
+            problems.append(_unpredicted(row_of(run), str(error)))
+    pairs = calibrate_and_predict(possible)
+    fitted = pairs[0][0].run if any(after for _, after in pairs[1:]) else None
+    told = []
+    for law, after in pairs:
+        use = after or law
+        unseen = law.run is not fitted
+        ratios = (use.tpot, use.ttft) if unseen else (math.nan, math.nan)
+        outcomes.append(Outcome(row_of(law.run), *ratios))
+        told.append(
+            {
+                "name": law.run.name,
+                "requests": len(law.run.requests),
+                "law": {"ttft": law.ttft - 1, "tpot": law.tpot - 1},
+                "calibrated": after and {"ttft": after.ttft - 1, "tpot": after.tpot - 1},
+                "calibrated_on": after.calibration.source if after else None,
+                "fitted": not unseen,
+            }
+        )
+    return told
+
+
+def _unpredicted(row: Row, reason: str) -> Problem:
     return Problem(
         where=row.where,
         model=row.model.name,
         gpu=row.gpu.name,
         engine=row.engine.name,
-        reason="the law knows no state with that load",
+        reason=reason,
     )
 
 
@@ -264,6 +303,8 @@ def render_text(found: Mapping[str, Any]) -> str:
     for name in ("evidence", *SLICES):
         lines += ["", f"by {name}"]
         lines += [_line(f"  {key}", part) for key, part in found[f"by_{name}"].items()]
+    for run in found["runs"]:
+        lines.append(_run_line(run))
     for rule, count in found["without_doubted"]["rules"].items():
         lines.append(f"\n{count} rows doubted: {rule}")
     for reason, count in found["left_out"].items():
@@ -275,6 +316,21 @@ def render_text(found: Mapping[str, Any]) -> str:
     if len(problems) > PROBLEMS_SHOWN:
         lines.append(f"  and {len(problems) - PROBLEMS_SHOWN} more (--json lists all)")
     return "\n".join(lines)
+
+
+def _run_line(run: Mapping[str, Any]) -> str:
+    """Errors of a run's mean TTFT and TPOT, by the law alone and with the first run's scalars."""
+
+    def pair(errors: Mapping[str, float] | None) -> str:
+        if errors is None:
+            return "-"
+        return f"TTFT {100 * errors['ttft']:+.1f} %, TPOT {100 * errors['tpot']:+.1f} %"
+
+    after = "calibrated on itself" if run["fitted"] else "calibrated on the first run"
+    return (
+        f"\nrun {run['name']}, {run['requests']:,} requests, mean times: by the law"
+        f" {pair(run['law'])}; {after} {pair(run['calibrated'])}"
+    )
 
 
 def _line(label: str, part: Mapping[str, Any]) -> str:
