@@ -54,7 +54,7 @@ def test_plan_writes_three_files_and_says_why(
         "report.html",
     ]
     assert load_deployment(out_dir / "deployment.toml").gpu == "l40s"
-    assert len(json.loads((out_dir / "plan.json").read_text())["findings"]) == 13
+    assert len(json.loads((out_dir / "plan.json").read_text())["findings"]) == 14
     assert (out_dir / "report.html").stat().st_size < 1_000_000
 
 

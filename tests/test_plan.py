@@ -69,8 +69,8 @@ def load_of(asked: Question) -> Load:
 # --- the answer -----------------------------------------------------------------------------
 
 
-def test_thirteen_findings_in_order_with_their_working(answer: Plan) -> None:
-    assert [finding.step for finding in answer.findings] == list(range(1, 14))
+def test_findings_in_order_with_their_working(answer: Plan) -> None:
+    assert [finding.step for finding in answer.findings] == list(range(1, 15))
     for finding in answer.findings:
         assert finding.answer
         assert finding.formula
@@ -171,7 +171,13 @@ def test_low_load_is_paid_for(answer: Plan) -> None:
 def test_more_demand_never_needs_fewer_gpus() -> None:
     gpus = [
         plan(
-            "llama-3.1-8b", workload="chat", rps=40, growth=g, slo=SLO, gpus=["h100-sxm"]
+            "llama-3.1-8b",
+            workload="chat",
+            rps=40,
+            growth=g,
+            slo=SLO,
+            gpus=["h100-sxm"],
+            replay=False,
         ).recommended.pessimistic.gpus
         for g in (1.0, 2.0, 4.0)
     ]
@@ -183,7 +189,7 @@ def test_more_demand_never_needs_fewer_gpus() -> None:
 def test_a_tighter_promise_never_costs_less() -> None:
     costs = [
         plan(
-            "llama-3.1-8b", workload="chat", rps=80, slo=slo, gpus=["h100-sxm"]
+            "llama-3.1-8b", workload="chat", rps=80, slo=slo, gpus=["h100-sxm"], replay=False
         ).recommended.pessimistic.usd_per_year
         for slo in ("ttft_p99=4s,itl_p99=100ms", "ttft_p99=1s,itl_p99=20ms")
     ]
@@ -202,6 +208,7 @@ def test_a_price_can_change_the_choice() -> None:
             slo=SLO,
             gpus=["h100-sxm", "h200"],
             prices=prices,
+            replay=False,
         )
         return answered.recommended.gpu.name
 
@@ -218,6 +225,7 @@ def test_quality_limit_keeps_four_bits_out_until_asked() -> None:
             slo="ttft_p99=8s",
             gpus=["a100-80"],
             quality=quality,
+            replay=False,
         )
         return answered.recommended.layout.weights
 
@@ -296,7 +304,9 @@ def bimodal(tmp_path: Path) -> Path:
 
 
 def test_two_kinds_of_accelerator_where_they_beat_one(bimodal: Path) -> None:
-    answered = plan("llama-3.1-8b", trace=bimodal, slo="ttft_p99=20s", gpus=["rtx4090", "h200"])
+    answered = plan(
+        "llama-3.1-8b", trace=bimodal, slo="ttft_p99=20s", gpus=["rtx4090", "h200"], replay=False
+    )
     mixed, single = answered.mixed_fleet, answered.recommended.pessimistic.usd_per_year
 
     assert mixed is not None
@@ -308,7 +318,7 @@ def test_two_kinds_of_accelerator_where_they_beat_one(bimodal: Path) -> None:
 
 
 def test_no_mixed_fleet_where_one_kind_is_given_or_wins(bimodal: Path, answer: Plan) -> None:
-    alone = plan("llama-3.1-8b", trace=bimodal, slo="ttft_p99=20s", gpus=["h200"])
+    alone = plan("llama-3.1-8b", trace=bimodal, slo="ttft_p99=20s", gpus=["h200"], replay=False)
 
     assert alone.mixed_fleet is None
     if answer.mixed_fleet is not None:
@@ -341,7 +351,9 @@ def test_golden_scenario_from_a_measured_curve(tmp_path: Path) -> None:
 
 def test_classes_share_the_strictest_promise_and_the_plan_says_so() -> None:
     def answered(slo: list[str]) -> Plan:
-        return plan("llama-3.1-8b", workload="chat", rps=40, slo=slo, gpus=["h100-sxm"])
+        return plan(
+            "llama-3.1-8b", workload="chat", rps=40, slo=slo, gpus=["h100-sxm"], replay=False
+        )
 
     both = answered(["chat@10:ttft_p99=1s,itl_p99=20ms", "batch:e2e_p95=120s"])
     strict = answered(["chat@10:ttft_p99=1s,itl_p99=20ms"])

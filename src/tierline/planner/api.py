@@ -18,10 +18,11 @@ from tierline.perf.step import Layout, engine_names
 from tierline.planner.finding import MeasuredCurve, Plan, Question
 from tierline.planner.layouts import QUALITIES
 from tierline.planner.plan import make_plan
+from tierline.planner.traffic import busy_requests
 from tierline.workload.archetypes import business_rate, workload_profile
 from tierline.workload.profile import Profile, profile_trace
 from tierline.workload.slo import ServiceLevel, parse_service_levels
-from tierline.workload.trace import read_trace
+from tierline.workload.trace import TraceReader, read_trace
 
 PREDICTABLE_CV = 1.5  # gaps about as irregular as Poisson's, and a flat day: traffic one can trust
 PREDICTABLE_PEAK = 2.0
@@ -50,6 +51,7 @@ def plan(
     api_usd_per_million: tuple[float, float] | None = None,
     curve: str | Path | None = None,
     instance: Mapping[str, str] | None = None,
+    replay: bool = True,
     progress: bool = False,
 ) -> Plan:
     """Plan a fleet: which GPUs, how many, in what configuration, at what cost, and why.
@@ -62,6 +64,9 @@ def plan(
 
     A measured load curve (`curve`, a CSV file) of one `instance` on one GPU, for example
     {'tp': '4', 'weights': 'fp8', 'kv': 'fp8'}, takes the place of the predicted one.
+
+    The fleet that comes out is replayed, request by request, under the production scheduler;
+    `replay=False` leaves that out and takes the closed form's word, in a fraction of the time.
 
     Raises `InputError` for what the caller can correct and `InfeasibleError`, which names the
     bound, when no configuration keeps the promises.
@@ -85,12 +90,11 @@ def plan(
     spec = load_model(model)
     chosen = _gpus(gpus, prices or {})
     peak_rps = _peak_rps(rps, users, sessions_per_day, has_trace=trace is not None)
-    profile = _demand(
-        trace=trace,
-        trace_format=trace_format,
-        mapping=mapping,
-        workload=workload,
-        progress=progress,
+    reader = _reader(trace, trace_format, mapping, workload)
+    profile = (
+        profile_trace(reader, progress=progress)
+        if reader is not None
+        else workload_profile(workload or "chat")
     )
     question = Question(
         model=spec,
@@ -109,8 +113,17 @@ def plan(
         hf_id=model if "/" in model and not Path(model).exists() else None,
         config_path=model if Path(model).exists() else None,
         gpu_files={load_gpu(n).name: n for n in gpus or () if n.endswith(".toml") or "/" in n},
+        replay=replay,
     )
-    return make_plan(question, profile, progress=progress)
+    if reader is None or not replay:
+        return make_plan(question, profile, progress=progress)
+    return make_plan(
+        question,
+        profile,
+        requests=busy_requests(reader, profile),
+        block_tokens=reader.block_tokens,
+        progress=progress,
+    )
 
 
 def default_safety(profile: Profile) -> float:
@@ -192,21 +205,18 @@ def _gpus(names: Sequence[str] | None, prices: Mapping[str, float]) -> list[GpuS
     return list(chosen.values())
 
 
-def _demand(
-    *,
+def _reader(
     trace: str | Path | None,
     trace_format: str | None,
     mapping: Mapping[str, str] | None,
     workload: str | None,
-    progress: bool,
-) -> Profile:
-    """The profile of the trace, or of a built-in workload (whose rate comes from elsewhere)."""
+) -> TraceReader | None:
+    """A reader of the trace; None where the demand is a built-in workload."""
     if trace is None:
-        return workload_profile(workload or "chat")
+        return None
     if workload is not None:
         raise InputError("a trace and a workload are given", hint="give one of them")
-    reader = read_trace(Path(trace), format=trace_format, mapping=mapping)
-    return profile_trace(reader, progress=progress)
+    return read_trace(Path(trace), format=trace_format, mapping=mapping)
 
 
 def _peak_rps(

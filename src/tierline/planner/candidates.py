@@ -16,7 +16,7 @@ from tierline.base.units import HOURS_PER_YEAR, format_seconds, format_usd
 from tierline.catalog.tier import TierSpec
 from tierline.perf.cost import instances_needed, usd_per_million_tokens, usd_per_year
 from tierline.perf.evidence import Evidence
-from tierline.perf.step import StepCost, load_engine
+from tierline.perf.step import Layout, StepCost, load_engine
 from tierline.planner.finding import Candidate, Edge, LowerTier, MemoryUse, Question, Rejected
 from tierline.planner.layouts import (
     SEQUENCES_MAX,
@@ -48,6 +48,7 @@ class Load:
     demand: Demand  # without prefix hits
     hit_rate: Callable[[float], float] | None  # fleet-wide cached tokens -> token hit rate
     longest_tokens: int  # prompt plus output that one instance must be able to hold
+    usable_factor: float = 1.0  # of the closed form's usable rate, as a replay corrected it
 
     @property
     def ideal_hit_rate(self) -> float:
@@ -174,21 +175,37 @@ def _clearly_better(tiered: Edge, beside: Edge) -> bool:
 def _tiered(
     question: Question, candidate: Candidate, load: Load, specs: tuple[TierSpec, ...]
 ) -> Candidate | None:
-    """`candidate` over these tiers, or None where the last one finds too little."""
+    """`candidate` over all that these tiers hold, or None where the last one finds too little."""
+    sizes = tuple(tier_bytes(candidate.layout, spec) for spec in specs)
+    return over_tiers(question, candidate, load, tuple(zip(specs, sizes, strict=True)))
+
+
+def tier_bytes(layout: Layout, spec: TierSpec) -> int:
+    """What a KV tier of one instance may take of host memory or drives."""
+    return round(spec.capacity_bytes * layout.gpus / spec.shared_by_gpus * TIER_SHARE)
+
+
+def over_tiers(
+    question: Question,
+    candidate: Candidate,
+    load: Load,
+    sized: tuple[tuple[TierSpec, int], ...],
+    *,
+    hits_min: float = TIER_HITS_MIN,
+) -> Candidate | None:
+    """`candidate` over tiers of so many bytes, or None where the last one finds too little."""
     assert load.hit_rate is not None
     cost, instances = candidate.instance.cost, candidate.pessimistic.instances
     typical = max(round(load.demand.context_mean), 1)
     token_bytes = cost.kv_bytes_per_gpu(typical) * candidate.layout.gpus / typical
-    cached = instances * candidate.kv_tokens * (1 - candidate.pessimistic.point.kv_share)
+    cached = instances * candidate.kv_tokens * max(1 - candidate.pessimistic.point.kv_share, 0.0)
     found, below, reload_s = load.hit_rate(cached), 0.0, 0.0
-    sizes = []
-    for spec in specs:
+    for spec, size in sized:
         nodes = candidate.layout.gpus / spec.shared_by_gpus
-        sizes.append(round(spec.capacity_bytes * nodes * TIER_SHARE))
-        cached += instances * sizes[-1] / token_bytes
+        cached += instances * size / token_bytes
         below, found = load.hit_rate(cached) - found, load.hit_rate(cached)
         reload_s += below * token_bytes / (spec.read_bytes_per_s * nodes)
-    if below < TIER_HITS_MIN:
+    if below < hits_min:
         return None
     demand = replace(load.demand, hit_rate=found, reload_s_per_token=reload_s)
     slow = replace(candidate.instance, cost=cost.scaled(candidate.evidence.high))
@@ -201,7 +218,7 @@ def _tiered(
             bytes_per_instance=size,
             tokens=int(size / token_bytes) * screened.pessimistic.instances,
         )
-        for spec, size in zip(specs, sizes, strict=True)
+        for spec, size in sized
     )
     return replace(complete(question, screened, load), lower_tiers=tiers)
 
@@ -225,7 +242,7 @@ def outpriced(
     first = _first_chunk(question, instance)
     for chunk in CHUNKS[max(first - 1, 0) : first + 2]:
         point = operating_point(replace(instance, chunk_tokens=chunk), demand, rate_rps)
-        if point is not None and point.meets(question.levels):
+        if point is not None and point.meets(promises(question)):
             return None
     return f"one instance cannot carry the {rate_rps:.3g} requests/s that the best price asks for"
 
@@ -306,6 +323,29 @@ def at_slow_edge(
     )
 
 
+def with_instances(
+    question: Question, candidate: Candidate, load: Load, instances: int
+) -> tuple[Candidate, Load]:
+    """The candidate with as many instances as a replay found, and the load corrected to say so.
+
+    The correction is of the usable rate, by one factor at every edge.
+    """
+    usable_rps = load.rate_rps * question.safety / instances
+    if instances == candidate.pessimistic.instances:
+        return candidate, load
+    factor = load.usable_factor * usable_rps / candidate.pessimistic.usable_rps
+    corrected = replace(load, usable_factor=factor)
+    slow = replace(candidate.instance, cost=candidate.instance.cost.scaled(candidate.evidence.high))
+    screened = at_slow_edge(question, candidate.instance.cost, slow, candidate.demand, corrected)
+    assert screened is not None, "it kept the promises at its own rate before"
+    assert screened.pessimistic.instances == instances
+    tiers = tuple(
+        replace(t, tokens=t.tokens // candidate.pessimistic.instances * instances)
+        for t in candidate.lower_tiers
+    )
+    return replace(complete(question, screened, corrected), lower_tiers=tiers), corrected
+
+
 def evidence_of(question: Question, cost: StepCost) -> Evidence:
     """What the capacity of this layout rests on: the benchmark, or the step law."""
     if question.measured is None:
@@ -380,7 +420,7 @@ def best_chunk(question: Question, instance: Instance, load: Load) -> Instance |
 
 
 def _first_chunk(question: Question, instance: Instance) -> int:
-    limits = [lv.limit_s("itl") or math.inf for lv in question.levels]
+    limits = [lv.limit_s("itl") or math.inf for lv in question.bounds or question.levels]
     fits = [
         i
         for i, chunk in enumerate(CHUNKS)
@@ -424,6 +464,7 @@ def edge(
     if usable is None:
         return None
     usable_rps = question.measured.usable_rps if question.measured else usable.rate_rps
+    usable_rps *= load.usable_factor
     gpu = instance.cost.gpu
     instances = instances_needed(load.rate_rps, usable_rps=usable_rps, safety=question.safety)
     gpus = instances * instance.cost.layout.gpus
@@ -449,8 +490,11 @@ def edge(
 
 
 def promises(question: Question) -> tuple[ServiceLevel, ...]:
-    """What the model must keep; nothing where a measured curve has kept it already."""
-    return () if question.measured else question.levels
+    """What the model must keep; nothing where a measured curve has kept it already.
+
+    The closed form knows no classes: with several it is asked for what every request is owed.
+    """
+    return () if question.measured else question.bounds or question.levels
 
 
 # --- bounds ---------------------------------------------------------------------------------
@@ -486,7 +530,7 @@ def infeasible(question: Question, instance: Instance, load: Load, *, what: str)
             return Rejected(what=what, why=why)
         misses = [
             (lone.latency_s(t.metric, t.percentile), t)
-            for lv in question.levels
+            for lv in promises(question)
             for t in lv.targets
         ]
         misses = [(latency_s, t) for latency_s, t in misses if latency_s > t.limit_s]

@@ -33,7 +33,7 @@ class Rejected:
 class Finding:
     """One step of the method with its whole working."""
 
-    step: int  # 1..13
+    step: int  # 1..13 of the method; 14 is the replay
     title: str
     answer: str  # a sentence with numbers
     inputs: Mapping[str, str]  # name -> value with unit, as they went into the formula
@@ -151,6 +151,95 @@ class MeasuredCurve:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Outcome:
+    """One promise to one class, and what a replay made of it."""
+
+    level: str
+    target: str  # as a person types it: ttft_p99=2s
+    value_s: float | None  # None: too many never got so far
+    met_share: float
+    kept: bool
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Replay:
+    """A fleet under the production scheduler, with the requests of the trace."""
+
+    instances: int
+    policy: str
+    lower_tiers: tuple[LowerTier, ...]
+    stretch: str  # which requests
+    requests: int
+    slowdown: float  # of every step, against the law
+    kept: bool
+    outcomes: tuple[Outcome, ...]  # empty: given up before its end
+    gave_up: str = ""  # what was broken by then
+    ttft_s: tuple[float, ...] = ()  # at 0 %, 1 % ... 100 % of the requests that got a token
+    hit_share: float = 0.0  # of prompt tokens, found cached
+    loaded_share: float = 0.0  # of prompt tokens, brought from below the device
+    utilization: float = 0.0
+    preemptions: int = 0
+
+    @property
+    def broken(self) -> str:
+        """What broke, in words; empty when nothing did."""
+        if self.kept:
+            return ""
+        if self.gave_up:
+            return self.gave_up
+        return "; ".join(
+            f"{o.target} for {o.level} holds for {o.met_share:.1%} of it"
+            for o in self.outcomes
+            if not o.kept
+        )
+
+    def ttft_percentile_s(self, percent: int) -> float | None:
+        """Of the requests that got a token; None when none did."""
+        return self.ttft_s[percent] if self.ttft_s else None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Worth:
+    """The smallest fleet of the chosen instance with one thing changed, by replay."""
+
+    label: str  # "no tier below the device", "DRAM 410 GB", "fcfs"
+    policy: str
+    lower_tiers: tuple[LowerTier, ...]
+    instances: int | None  # None: no fleet that was tried keeps the promises
+    gpus: int | None
+    usd_per_year: float | None  # None: no fleet, or no price
+    ttft_p99_s: float | None
+    hit_share: float
+    chosen: bool
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Checked:
+    """A candidate that was replayed: what the closed form said, and what became of it."""
+
+    name: str
+    closed_form_instances: int
+    instances: int | None  # the fewest found; None: it cannot cost less than what was chosen
+    tried_instances: int  # the most of those that broke a promise; 0: none did
+    why: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Survival:
+    """How the replay came to the recommended fleet."""
+
+    closed_form_instances: int
+    deciding: Replay  # the fleet at the slow edge, at the load that it is sized for
+    everyday: Replay  # the same fleet by the law itself, at the load that is expected
+    smaller: Replay | None  # one instance less: what breaks; None: there is no smaller fleet
+    checked: tuple[Checked, ...]
+    tiers: tuple[Worth, ...]  # below the device, from none to all
+    policies: tuple[Worth, ...]
+    replays: int  # that it took
+    notes: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Question:
     """What was asked, with everything that a plan is a function of."""
 
@@ -170,6 +259,8 @@ class Question:
     hf_id: str | None = None  # the name an engine loads the weights by
     config_path: str | None = None  # of a model outside the catalogue
     gpu_files: Mapping[str, str] = field(default_factory=dict)  # name -> path of a user's own
+    replay: bool = True  # False: the closed form decides, in a fraction of the time
+    bounds: tuple[ServiceLevel, ...] = ()  # what the closed form asks of all; empty: every level
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -183,7 +274,7 @@ class Plan:
     alternatives: tuple[Candidate, ...]  # best first, the recommended one left out
     pareto: tuple[str, ...]  # names of candidates that no other beats in all of cost, p99, headroom
     rejected: tuple[Rejected, ...]
-    findings: tuple[Finding, ...]  # thirteen, in order
+    findings: tuple[Finding, ...]  # thirteen, in order, and what survived the replay
     curve: tuple[LoadPoint, ...]  # of one recommended instance
     cost_by_load: tuple[Mapping[str, float], ...]  # offered load share, usd per million tokens
     sensitivities: tuple[Sensitivity, ...]
@@ -191,4 +282,5 @@ class Plan:
     profile: Any  # workload.profile.Profile
     demand_rps: float  # that the fleet is sized for, growth applied
     deployment: Deployment
+    survival: Survival | None = None  # None: nothing was replayed
     facts: Mapping[str, Value] = field(default_factory=dict)  # every other number, by name

@@ -1,12 +1,14 @@
-"""Make a plan: thirteen steps, read from top to bottom.
+"""Make a plan: thirteen steps, read from top to bottom, and a replay that has the last word.
 
-`make_plan` is a function of the question and the profile; it reads no file and no clock.
-The search comes first because every finding is about its winner, and is told in the order
-of the method: demand, hardware, routing, memory, precision, parallelism, the curve, KV,
+`make_plan` is a function of the question, the profile and the requests; it reads no file and
+no clock. The search comes first because every finding is about its winner, and is told in the
+order of the method: demand, hardware, routing, memory, precision, parallelism, the curve, KV,
 batching, the curve again, the fleet, its cost, and what would make us plan again.
 """
 
 import math
+from collections.abc import Sequence
+from dataclasses import replace
 
 from tierline.base.errors import InfeasibleError, InputError
 from tierline.planner import extras, steps
@@ -14,19 +16,51 @@ from tierline.planner.candidates import Load, Search, pareto, search
 from tierline.planner.deploy import deployment_of
 from tierline.planner.finding import Candidate, Plan, Question
 from tierline.planner.load import Demand
+from tierline.planner.survive import knows_classes, loosest, survive
+from tierline.planner.traffic import traffic_of
+from tierline.workload.importers import BLOCK_TOKENS
 from tierline.workload.profile import Lengths, Profile
+from tierline.workload.request import Request
 
 QUANTILES = 40  # equally likely lengths that stand for a distribution
 AVERAGE_LOAD = 0.5  # of the peak, where nothing says more: fleets run at 30-60 %
 BURSTINESS_MAX = 4.0  # gaps inside a busy minute; a trace's idle hours must not count as bursts
 
 
-def make_plan(question: Question, profile: Profile, *, progress: bool = False) -> Plan:
-    """The whole method. Raises `InfeasibleError` that names the bound when nothing holds."""
+def make_plan(
+    question: Question,
+    profile: Profile,
+    *,
+    requests: Sequence[Request] = (),
+    block_tokens: int = BLOCK_TOKENS,
+    progress: bool = False,
+) -> Plan:
+    """The whole method. Raises `InfeasibleError` that names the bound when nothing holds.
+
+    `requests` are those of the trace, in order of arrival and with prefix blocks of
+    `block_tokens`; without them a replay draws its own from the profile.
+    """
+    replays = question.replay and question.measured is None
+    if replays and knows_classes(question, profile):
+        question = replace(question, bounds=loosest(question))
     load = fleet_load(question, profile)
     found = search(question, load, progress=progress)
-    best = choose(question, found)
-    view = steps.View(question=question, profile=profile, load=load, found=found, best=best)
+    best, survival = choose(question, found), None
+    if replays:
+        traffic = traffic_of(
+            profile,
+            load,
+            safety=question.safety,
+            positions_max=question.model.positions_max,
+            requests=requests,
+            block_tokens=block_tokens,
+        )
+        found, best, load, survival = survive(
+            question, load, found, profile, traffic, progress=progress
+        )
+    view = steps.View(
+        question=question, profile=profile, load=load, found=found, best=best, survival=survival
+    )
     findings = (
         steps.characterize_workload(view),
         steps.select_hardware(view),
@@ -41,6 +75,7 @@ def make_plan(question: Question, profile: Profile, *, progress: bool = False) -
         steps.size_fleet(view),
         steps.price_fleet(view),
         steps.set_triggers(view),
+        *steps.survive_replay(view),
     )
     others = tuple(c for c in found.candidates if c is not best)
     return Plan(
@@ -59,6 +94,7 @@ def make_plan(question: Question, profile: Profile, *, progress: bool = False) -
         profile=profile,
         demand_rps=load.rate_rps,
         deployment=deployment_of(view),
+        survival=survival,
         facts=extras.facts(view),
     )
 

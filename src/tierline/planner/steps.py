@@ -37,7 +37,7 @@ from tierline.perf.parallel import step_reduce_s
 from tierline.perf.speculation import batch_crossover
 from tierline.perf.transfer import cold_start
 from tierline.planner.candidates import Load, Search
-from tierline.planner.finding import Candidate, Finding, Question, Rejected
+from tierline.planner.finding import Candidate, Finding, Question, Rejected, Survival
 from tierline.planner.load import saturated_rate, usable_rate
 from tierline.workload.profile import Lengths, Profile, phase_balance
 
@@ -63,6 +63,7 @@ class View:
     load: Load
     found: Search
     best: Candidate
+    survival: Survival | None = None  # None: nothing was replayed
 
     @property
     def tokens_per_request(self) -> float:
@@ -633,6 +634,77 @@ def set_triggers(view: View) -> Finding:
             "and break it",
         ),
     )
+
+
+def survive_replay(view: View) -> tuple[Finding, ...]:
+    """Step 14: what the production scheduler makes of the closed form's fleet; none unreplayed."""
+    told, best = view.survival, view.best
+    if told is None:
+        return ()
+    last = told.deciding
+    before, after = told.closed_form_instances, last.instances
+    verdict = (
+        f"The closed form's {_count(before, 'instance')} survive"
+        if before == after
+        else f"The closed form said {before}, the replay says {after}"
+    )
+    kept = "; ".join(f"{o.target} holds for {o.met_share:.2%} of {o.level}" for o in last.outcomes)
+    return (
+        Finding(
+            step=14,
+            title="What survives the replay",
+            answer=f"{verdict}: {kept}{_why_not_less(told)}.",
+            inputs={
+                "requests": f"{last.requests:,}: {last.stretch}",
+                "load": f"{_rate(view.load.rate_rps)} x {view.question.safety:g} safety",
+                "policy": last.policy,
+                "every step takes": f"x {last.slowdown:g} (pessimistic edge)",
+                "output lengths": "as in the trace, unknown to the scheduler in advance",
+                "engine": f"{best.instance.engine.name}: {best.instance.engine.host_s * 1e3:g} ms "
+                f"a first token, seen after up to {best.instance.engine.wait_steps:g} steps",
+                "prompt tokens found cached": f"{last.hit_share:.1%} (closed form: "
+                f"{best.hit_rate:.1%}), {last.loaded_share:.1%} from below the device",
+                "time in steps": f"{last.utilization:.0%}",
+                "replays": str(told.replays),
+            },
+            formula="the fewest instances with which a replay of the trace keeps every promise "
+            "to every class",
+            substituted=f"{after} keep them; "
+            + (
+                f"{told.smaller.instances} do not: {told.smaller.broken}"
+                if told.smaller and not told.smaller.kept
+                else "no smaller fleet was needed"
+            ),
+            result=Value(
+                amount=after * best.layout.gpus,
+                unit="GPUs",
+                evidence=Evidence(
+                    kind=best.evidence.kind,
+                    source=f"replay of {last.stretch} over {best.evidence.source}",
+                    low=best.optimistic.gpus / best.pessimistic.gpus,
+                    high=1.0,
+                ),
+            ),
+            rule=f"the closed form: {_count(before, 'instance')}",
+            computed=f"the replay: {_count(after, 'instance')}",
+            rejected=tuple(
+                Rejected(
+                    what=c.name,
+                    why=f"{c.tried_instances} instances, which would cost less "
+                    f"than the best so far: {c.why}",
+                )
+                for c in told.checked
+                if c.instances is None
+            ),
+            notes=told.notes,
+        ),
+    )
+
+
+def _why_not_less(told: Survival) -> str:
+    if told.smaller is None or told.smaller.kept:
+        return ""
+    return f"; with one instance less {told.smaller.broken}"
 
 
 def _shed_at(view: View) -> str:

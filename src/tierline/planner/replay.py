@@ -1,0 +1,193 @@
+"""Replaying a candidate: its fleet in the simulator, at the slow edge, judged by every class.
+
+The instance is the one that `tierline sim` would build from the plan's deployment file, so
+that the two never disagree; only its steps are slowed down to the pessimistic edge.
+
+    INV-PLAN-4  a replay is given up only when a promise is broken whatever comes
+"""
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import Any
+
+from tierline.base.clock import PS_PER_NS, PS_PER_S
+from tierline.kv.transfer import DRAM, NVME
+from tierline.perf.step import TOKENS_MAX
+from tierline.planner.finding import Candidate, LowerTier, Outcome, Replay
+from tierline.planner.traffic import SEED, Stretch
+from tierline.scheduling.scheduler import Limits
+from tierline.scheduling.sequence import Sequence as Served
+from tierline.sim.api import simulate
+from tierline.sim.columns import column
+from tierline.sim.fleet import Fleet
+from tierline.sim.instance import Instance, build_instance, imitating
+from tierline.sim.measure import latencies_ps, nearest_rank, promises
+from tierline.sim.record import Run
+from tierline.sim.replica import Replica
+from tierline.workload.slo import ServiceLevel
+
+BLOCK_TOKENS = 16
+CHECKS = 40  # how often a replay is asked whether it is hopeless
+DRAIN_FACTOR = 3  # a fleet that keeps its promises never serves this many times the mean rate
+
+
+class _HopelessError(Exception):
+    """A promise is broken, whatever comes; says which."""
+
+
+def sim_instance(
+    candidate: Candidate, lower_tiers: Sequence[LowerTier], *, slowdown: float
+) -> Instance:
+    """The candidate as the simulator knows it, over these tiers, every step slowed down."""
+    planned = candidate.instance
+    batch = max(planned.chunk_tokens, planned.sequences_max)
+    built = build_instance(
+        planned.cost.scaled(slowdown),
+        name=f"{candidate.gpu.name} x{candidate.layout.gpus}",
+        block_tokens=BLOCK_TOKENS,
+        device_bytes=round(candidate.memory.kv_bytes * candidate.layout.gpus),
+        tier_bytes={
+            {"dram": DRAM, "nvme": NVME}[tier.name]: tier.bytes_per_instance for tier in lower_tiers
+        },
+        limits=Limits(
+            batch_tokens=min(batch, TOKENS_MAX // 2),
+            sequences_max=planned.sequences_max,
+            chunk_tokens=planned.chunk_tokens,
+        ),
+    )
+    built = replace(built, prefix_cache=built.layout.shares_prefixes)
+    return imitating(built, planned.engine.name)
+
+
+def replay(
+    candidate: Candidate,
+    stretch: Stretch,
+    *,
+    instances: int,
+    replicas: int,
+    levels: tuple[ServiceLevel, ...],
+    policy: str,
+    lower_tiers: tuple[LowerTier, ...],
+    slowdown: float,
+    block_tokens: int,
+) -> Replay:
+    """What becomes of the promises when `replicas`, a slice of `instances`, get the stretch."""
+    instance = sim_instance(candidate, lower_tiers, slowdown=slowdown)
+    whole: dict[str, Any] = {
+        "instances": instances,
+        "policy": policy,
+        "lower_tiers": lower_tiers,
+        "stretch": stretch.what,
+        "requests": len(stretch.requests),
+        "slowdown": slowdown,
+    }
+    try:
+        run = simulate(
+            instance,
+            stretch.requests,
+            levels=levels,
+            replicas=replicas,
+            policy=policy,
+            routing=routing_of(stretch),
+            trace_block_tokens=block_tokens,
+            seed=SEED,
+            keep_steps=True,
+            prepare=_gives_up(stretch, levels),
+        )
+    except _HopelessError as lost:
+        return Replay(kept=False, outcomes=(), gave_up=str(lost), **whole)
+    return _told(run, whole)
+
+
+def routing_of(stretch: Stretch) -> str:
+    """Where requests go: to their prefix when they have one."""
+    prefixed = any(r.prefix_blocks for r in stretch.requests)
+    return "prefix-aware" if prefixed else "least-outstanding"
+
+
+def _gives_up(stretch: Stretch, levels: Sequence[ServiceLevel]) -> Callable[[Fleet], None]:
+    """Stops a replay that is lost: overload costs most time and tells least.
+
+    Lost is when more requests of a class came to their first token late than its promise
+    allows.  Or when more wait than a fleet could serve within the longest limit, even at
+    several times the rate of arrivals, beside all that may be late.
+    """
+    requests = stretch.requests
+    span_ns = max(requests[-1].arrival_ns - requests[0].arrival_ns, 1)
+    limits = [level.limit_s("ttft") or level.limit_s("e2e") or math.inf for level in levels]
+    shares = [1 - t.percentile / 100 for level in levels for t in level.targets]
+    served = DRAIN_FACTOR * max(limits) * 1e9 * len(requests) / span_ns
+    waiting_max = max(shares) * len(requests) + served
+
+    def prepare(fleet: Fleet) -> None:
+        late = _Late(fleet, levels)
+        fleet.on_end = late.count
+
+        def check(_now_ps: int) -> None:
+            if sum(r.scheduler.queue.waiting for r in fleet.replicas) > waiting_max:
+                raise _HopelessError("requests pile up faster than they are served")
+
+        for i in range(1, CHECKS + 1):
+            fleet.later(i * span_ns * PS_PER_NS // CHECKS, check)
+
+    return prepare
+
+
+class _Late:
+    """First tokens after their limit, by promise, until one promise is broken for good."""
+
+    def __init__(self, fleet: Fleet, levels: Sequence[ServiceLevel]) -> None:
+        ranked = sorted(levels, key=lambda level: -level.priority)
+        self._of = fleet.requests.level
+        self._watched: dict[int, list[tuple[int, str]]] = {}  # class -> (limit, what broke)
+        self._left: dict[tuple[int, int], int] = {}  # how many more may be late
+        for number, level in enumerate(ranked):
+            members = self._of.count(number)
+            for target in level.targets:
+                if target.metric == "ttft" and members:
+                    limit_ps = target.limit_ns * PS_PER_NS
+                    may = members - max(math.ceil(target.percentile * members / 100 - 1e-9), 1)
+                    said = f"{target.text} for {level.name} is missed by more than {may:,} requests"
+                    self._watched.setdefault(number, []).append((limit_ps, said))
+                    self._left[number, limit_ps] = min(may, self._left.get((number, limit_ps), may))
+
+    def count(self, replica: Replica, sequence: Served, _now_ps: int) -> None:
+        """A request has its last token."""
+        number = self._of[sequence.id]
+        ttft_ps = sequence.first_ps + replica.host_ps - sequence.arrival_ps
+        for limit_ps, said in self._watched.get(number, ()):
+            if ttft_ps > limit_ps:
+                self._left[number, limit_ps] -= 1
+                if self._left[number, limit_ps] < 0:
+                    raise _HopelessError(said)
+
+
+# --- judging --------------------------------------------------------------------------------
+
+
+def _told(run: Run, whole: dict[str, Any]) -> Replay:
+    import numpy as np
+
+    requests = run.requests
+    ttft = np.sort(latencies_ps(requests)["ttft"])
+    ttft = ttft[ttft >= 0]
+    points = [nearest_rank(ttft, p) / PS_PER_S for p in range(101)] if len(ttft) else []
+    prompts = max(int(column(requests, "input_tokens").sum()), 1)
+    outcomes = tuple(
+        Outcome(
+            level=p.level, target=p.target, value_s=p.value_s, met_share=p.met_share, kept=p.kept
+        )
+        for p in promises(run)
+    )
+    totals = run.replicas
+    return Replay(
+        kept=all(o.kept for o in outcomes),
+        outcomes=outcomes,
+        ttft_s=tuple(points),
+        hit_share=int(column(requests, "cached_tokens").sum()) / prompts,
+        loaded_share=int(column(requests, "loaded_tokens").sum()) / prompts,
+        utilization=sum(r.busy_ps for r in totals) / max(sum(r.up_ps for r in totals), 1),
+        preemptions=sum(r.preemptions for r in totals),
+        **whole,
+    )
