@@ -4,9 +4,9 @@
 
 A constant is a prior from kernel timings times three factors (shared, generation, GPU),
 each shrunk towards 1, so that a GPU with few rows leans on its generation. Every stack
-(model, engine, GPU, version, precision) has a speed factor of its own, shrunk too: an odd
-stack (speculative decoding, eager mode) then moves its own factor and not the constants.
-A stack that was not fitted has factor 1.
+(group, version, precision, drafts) has a speed factor of its own and one for TTFT, shrunk too:
+an odd stack (eager mode, a build that queues) then moves its own factors and not the constants.
+Predictions use none of them.
 
 What is fitted to: TPOT of closed-loop rows, TTFT of those with little queueing, and
 offline throughput. The load model settles each row (how many decode, how many prompt
@@ -115,7 +115,7 @@ KERNELS: dict[str, dict[str, float]] = {
         "expert.fp8-block": 0.24,
         "expert.fp4": 0.38,
         "expert.int4-g128": 0.12,
-        "expert.mxfp4": 0.60,
+        "expert.mxfp4": 0.60,  # as nvfp4's: the tables' 0.1 is an unpacking kernel, no longer used
         "attention": 0.55,
     },
     "blackwell ultra": {
@@ -129,7 +129,7 @@ KERNELS: dict[str, dict[str, float]] = {
         "expert.fp8-block": 0.26,
         "expert.fp4": 0.27,
         "expert.int4-g128": 0.13,
-        "expert.mxfp4": 0.60,
+        "expert.mxfp4": 0.60,  # as nvfp4's: the tables' 0.1 is an unpacking kernel, no longer used
         "attention": 0.65,
     },
 }
