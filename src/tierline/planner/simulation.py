@@ -162,6 +162,7 @@ def run_policy(
             keep_steps=keep_steps,
             watch=watch,
             progress=bar,
+            disaggregation=loaded.deployment.policies.disaggregation,
             faults=[parse_fault(fault) for fault in loaded.replay.faults],
         )
 

@@ -27,6 +27,7 @@ TURNS = {
     "preempted": "preempted",
     "overtaken": "queued",
     "lost": "queued",
+    "handed over": "loading",
 }
 
 

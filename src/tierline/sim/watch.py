@@ -31,6 +31,7 @@ class Watch:
     def __init__(self, requests: Iterable[int]) -> None:
         self.moments: dict[int, list[Moment]] = {i: [] for i in requests}
         self._last: dict[int, tuple[str, str]] = {}
+        self._streams: set[int] = set()  # that are known to decode
         self._worst_ps = dict.fromkeys(self.moments, 0)  # longest step of its decoding so far
 
     def listen(self, replica: "Replica") -> None:
@@ -63,6 +64,7 @@ class Watch:
             each_ps = (now_ps - start_ps) // repeats
             mine = next((tokens for other, tokens in step.chunks if other is s), 0)
             if mine:
+                self._streams.discard(i)
                 of = f"of {s.target_tokens:,}, after {s.cached_tokens:,}"
                 steps = f" in {repeats} steps" if repeats > 1 else ""
                 beside = f"beside {step.decodes} decodes, {_lasting(each_ps)} each"
@@ -71,6 +73,11 @@ class Watch:
                 why = f"prompts of others go first: {_chunks(step)}"
                 self._note(i, start_ps, OVERTAKEN, why)
             elif s.state == DECODE and step.decodes:
+                if i not in self._streams:
+                    self._streams.add(i)
+                    self._note(
+                        i, start_ps, "decoding", f"goes on after {s.generated_tokens} tokens"
+                    )
                 self._slow(s, step, start_ps, each_ps)
 
     def _slow(self, s: Sequence, step: Step, start_ps: int, each_ps: int) -> None:
@@ -87,6 +94,10 @@ class Watch:
         if s.id in self.moments:
             if what == "blocked":
                 why = f"{why}; {_holders(replica, s)}"
+            elif what == "finished" and s.id in replica.scheduler.held_back:
+                what, why = "handed over", "its cache goes to the replica that decodes"
+            elif what == "first token":
+                self._streams.add(s.id)
             self._note(s.id, now_ps, what, why)
         if what not in ("admitted", "blocked"):
             return
