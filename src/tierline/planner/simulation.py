@@ -38,7 +38,6 @@ from tierline.workload.trace import load_trace, read_trace
 
 SCHEMA = 1
 TABLES = ("csv", "csv.gz", "parquet")
-OWN_POLICY = {"slo-aware": "tierline", "priority": "priority", "fcfs": "fcfs"}
 SLOWEST = "slowest"  # in place of a request's number
 
 
@@ -98,7 +97,7 @@ def replay_of(
     Raises `InputError` for files that cannot be read and names nobody knows.
     """
     text = read_text(deployment, what="deployment file")
-    own = OWN_POLICY[parse_deployment(text, where=str(deployment)).policies.scheduler]
+    own = parse_deployment(text, where=str(deployment)).policies.scheduler
     chosen = tuple(dict.fromkeys(policies or [own]))
     for name in chosen:
         lookup("policy", name, POLICIES)
