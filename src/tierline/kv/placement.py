@@ -11,12 +11,14 @@ this tier forgot it: nothing more than a reload where the tier below keeps it, e
 cheaper of reload and recompute.  LRU is the special case of a constant value.
 """
 
+from collections.abc import Iterable
 from math import log
-from typing import Protocol
+from typing import Any, Protocol
 
-from tierline.base.clock import PS_PER_S
+from tierline.base.clock import FOREVER_PS, PS_PER_S
 
 HITS_TOLD_APART = 8
+COUNTED_ANEW = 64  # ARC counts its segments after forgetting this fraction of a tier
 
 
 class Run(Protocol):
@@ -24,6 +26,7 @@ class Run(Protocol):
 
     start: int
     blocks: int
+    chain: Any
     hits: int
     used_ps: int
     birth: int
@@ -34,6 +37,11 @@ class Index(Protocol):
     """What it may know of the index that asks (`kv.prefix.PrefixIndex`)."""
 
     last_tier: int
+    tiers: Any
+
+    def runs(self) -> Iterable[Run]:
+        """Every run, wherever its copies are."""
+        ...
 
     def penalty_s_per_block(self, run: Run) -> float:
         """Seconds to compute one block of the run again."""
@@ -47,8 +55,20 @@ class Placement(Protocol):
         """Its place in the order of forgetting; the smallest goes first."""
         ...
 
+    def segment(self, run: Run) -> int:
+        """Which of two orders it stands in: 0, or 1 for a placement that keeps two."""
+        ...
+
+    def shrinks(self, index: Index, tier: int) -> int:
+        """The segment that a tier forgets from next; asked when both have something."""
+        ...
+
     def used(self, run: Run) -> None:
         """A request found `run`; called before its hits are counted."""
+        ...
+
+    def missed(self, chain: Any, depth: int, limit: int, now_ps: int) -> None:
+        """A prompt comes that is not cached from `depth` on; `limit` blocks of it could be."""
         ...
 
     def forgotten(self, index: Index, run: Run, tier: int) -> None:
@@ -63,14 +83,110 @@ class Lru:
         """The instant of the last use."""
         return run.used_ps
 
+    def segment(self, run: Run) -> int:  # noqa: ARG002
+        """One order for all."""
+        return 0
+
+    def shrinks(self, index: Index, tier: int) -> int:  # noqa: ARG002
+        """There is only one."""
+        return 0
+
     def used(self, run: Run) -> None:
+        """Nothing to learn."""
+
+    def missed(self, chain: Any, depth: int, limit: int, now_ps: int) -> None:
         """Nothing to learn."""
 
     def forgotten(self, index: Index, run: Run, tier: int) -> None:
         """Nothing to learn."""
 
 
-class CostAware:
+class Lfu(Lru):
+    """The run with the fewest uses goes first where a tier forgets for good; LRU above it."""
+
+    def key(self, index: Index, run: Run, tier: int) -> int:
+        """Uses, then the instant of the last one."""
+        return run.used_ps if tier != index.last_tier else run.hits * FOREVER_PS + run.used_ps
+
+
+class Arc(Lru):
+    """Adaptive replacement (Megiddo and Modha 2003) in the last tier; LRU above it.
+
+    Runs that were used once and runs that were used again have an order each.  How much of
+    the tier the first kind may have moves with what turns out to have been forgotten too
+    early: its last tierful of names is remembered for either kind.
+    """
+
+    def __init__(self) -> None:
+        self._target_blocks = 0  # what the first kind may have
+        self._once_blocks = 0  # what it has, as last counted
+        self._forgotten: tuple[Ghosts, Ghosts] = (Ghosts(), Ghosts())
+        self._uncounted = 0  # forgotten since
+
+    def segment(self, run: Run) -> int:
+        """0 for what was used once, 1 for what was used again."""
+        return 1 if run.hits else 0
+
+    def shrinks(self, index: Index, tier: int) -> int:
+        """The first kind while it has more than its target."""
+        if tier != index.last_tier:
+            return 0
+        if self._uncounted <= 0:
+            capacity = index.tiers[tier].capacity_blocks
+            self._uncounted = capacity // COUNTED_ANEW + 1
+            self._once_blocks = sum(
+                run.blocks for run in index.runs() if run.mask >> tier & 1 and not run.hits
+            )
+            for ghosts in self._forgotten:
+                ghosts.keep(capacity)
+            self._target_blocks = min(self._target_blocks, capacity)
+        return 0 if self._once_blocks > self._target_blocks else 1
+
+    def missed(self, chain: Any, depth: int, limit: int, now_ps: int) -> None:  # noqa: ARG002
+        """What would have been a hit shows which kind is given too little."""
+        once, again = self._forgotten
+        for ghosts, other, sign in ((once, again, 1), (again, once, -1)):
+            found = ghosts.find(chain, depth, limit)
+            if found:
+                step = max(other.blocks // max(ghosts.blocks, 1), 1) * found
+                self._target_blocks = max(self._target_blocks + sign * step, 0)
+
+    def forgotten(self, index: Index, run: Run, tier: int) -> None:
+        """Its name is remembered."""
+        if tier == index.last_tier:
+            self._forgotten[self.segment(run)].add(run.chain[run.start], run.blocks)
+            self._uncounted -= run.blocks
+            if not run.hits:
+                self._once_blocks -= run.blocks
+
+
+class Ghosts:
+    """Names of runs that were forgotten, the oldest first."""
+
+    def __init__(self) -> None:
+        self.blocks = 0
+        self._runs: dict[int, int] = {}
+
+    def add(self, name: int, blocks: int) -> None:
+        """Remember a run by the name of its first block."""
+        self.blocks += blocks - self._runs.pop(name, 0)
+        self._runs[name] = blocks
+
+    def find(self, chain: Any, depth: int, limit: int) -> int:
+        """Blocks of a chain that are remembered from `depth` on; they are forgotten here, too."""
+        start = depth
+        while depth < limit and (blocks := self._runs.pop(chain[depth], 0)):
+            self.blocks -= blocks
+            depth += blocks
+        return depth - start
+
+    def keep(self, most: int) -> None:
+        """Remember no more than so many blocks."""
+        while self.blocks > most:
+            self.blocks -= self._runs.pop(next(iter(self._runs)))
+
+
+class CostAware(Lru):
     """Expected reuse x miss penalty / bytes, where a tier forgets for good; LRU above it."""
 
     def __init__(self, *, tau_s: float = 100.0) -> None:

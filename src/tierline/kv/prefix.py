@@ -145,16 +145,20 @@ class Run:
         return f"Run({self.birth}: {self.start}+{self.blocks}, mask {self.mask:b})"
 
 
+Offer = tuple[int, int, int, Run]
+
+
 class Tier:
     """Memory below the device, by count of blocks, and the order in which it forgets."""
 
-    __slots__ = ("capacity_blocks", "evicted_blocks", "heap", "stored_blocks")
+    __slots__ = ("capacity_blocks", "evicted_blocks", "heaps", "stored_blocks")
 
     def __init__(self, capacity_blocks: int) -> None:
         self.capacity_blocks = capacity_blocks
         self.stored_blocks = 0
         self.evicted_blocks = 0
-        self.heap: list[tuple[int, int, int, Run]] = []
+        # By segment of the placement: (key, -depth, birth, run); entries may be stale.
+        self.heaps: tuple[list[Offer], list[Offer]] = ([], [])
 
 
 class PrefixIndex:
@@ -217,6 +221,10 @@ class PrefixIndex:
     def penalty_s_per_block(self, run: Cached) -> float:
         """Seconds to compute one block of the run again."""
         return self._penalty_s + self._penalty_depth_s * run.start
+
+    def runs(self) -> Iterable[Run]:
+        """Every run, wherever its copies are."""
+        return self.heads.values()
 
     # --- reading ----------------------------------------------------------------------------
 
@@ -496,19 +504,23 @@ class PrefixIndex:
             more, aside = self._forget_in_order(tier, blocks - done, write_back=False)
             done += more
         for entry in aside:
-            heappush(self.tiers[tier].heap, entry)
+            heappush(self.tiers[tier].heaps[self.placement.segment(entry[3])], entry)
         if done:
             self.epoch += 1
         return done
 
     def _forget_in_order(
         self, tier: int, blocks: int, *, write_back: bool
-    ) -> tuple[int, list[tuple[int, int, int, Run]]]:
+    ) -> tuple[int, list[Offer]]:
         """Forget up to `blocks`; also what came up and cannot go, or should not yet."""
         bit, done = 1 << tier, 0
-        heap, key = self.tiers[tier].heap, self.placement.key
-        aside: list[tuple[int, int, int, Run]] = []
-        while done < blocks and heap:
+        heaps, key = self.tiers[tier].heaps, self.placement.key
+        aside: list[Offer] = []
+        while done < blocks:
+            segment = self.placement.shrinks(self, tier) if heaps[1] else 0
+            heap = heaps[segment] or heaps[1 - segment]
+            if not heap:
+                break
             entry = heappop(heap)
             value, run = entry[0], entry[3]
             if not run.mask & bit or run.holds or run.children_in[tier]:
@@ -522,7 +534,8 @@ class PrefixIndex:
             if run.mask == bit and run.children and not self.below[tier]:
                 continue  # the last copy of what others hang from: offered when they are gone
             if run.blocks > blocks - done:  # only the tail goes
-                if self._trim(run, tier, blocks - done, entry):
+                if self._trim(run, tier, blocks - done):
+                    heappush(heap, entry)
                     return blocks, aside
                 self._split(run, run.blocks - (blocks - done))
             forgotten = self._forget(run, tier, write_back=write_back)
@@ -531,7 +544,7 @@ class PrefixIndex:
                 aside.append(entry)
         return done, aside
 
-    def _trim(self, run: Run, tier: int, blocks: int, entry: tuple[int, int, int, Run]) -> bool:
+    def _trim(self, run: Run, tier: int, blocks: int) -> bool:
         """Forget the last blocks of a run for good without making two of it; whether that was
         possible: nothing hangs from it, no other copy has those blocks, nobody names them."""
         if tier != DEVICE or self.below[tier] or run.children or self.names is not None:
@@ -541,7 +554,6 @@ class PrefixIndex:
         self.device_blocks -= blocks
         self.evictable_blocks -= blocks
         self.tiers[tier].evicted_blocks += blocks
-        heappush(self.tiers[tier].heap, entry)
         return True
 
     def _forget(self, run: Run, tier: int, *, write_back: bool) -> int:
@@ -639,7 +651,8 @@ class PrefixIndex:
         for tier in self._offered:
             if run.mask >> tier & 1 and not run.children_in[tier]:
                 value = self.placement.key(self, run, tier)
-                heappush(self.tiers[tier].heap, (value, -run.start, run.birth, run))
+                heap = self.tiers[tier].heaps[self.placement.segment(run)]
+                heappush(heap, (value, -run.start, run.birth, run))
 
     def _set(self, run: Run, tier: int) -> None:
         run.mask |= 1 << tier

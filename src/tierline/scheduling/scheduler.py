@@ -601,6 +601,9 @@ class Scheduler:
         if s.admitted_ps < 0:
             s.admitted_ps = now_ps
             s.hit_tokens = cached
+            if s.chain is not None:
+                limit = self._shareable_blocks(s)
+                self.index.placement.missed(s.chain, cached // self._block, limit, now_ps)
         if self.note is not None:
             self.note(now_ps, s, "admitted", f"{cached} of {s.target_tokens} tokens cached")
 

@@ -20,7 +20,7 @@ from tierline.catalog.tier import TierSpec
 from tierline.kv.groups import CacheLayout, cache_layout
 from tierline.kv.link import Link
 from tierline.kv.pages import Pages
-from tierline.kv.placement import CostAware, Lru, Placement
+from tierline.kv.placement import Arc, CostAware, Lfu, Lru, Placement
 from tierline.kv.prefix import PrefixIndex
 from tierline.kv.transfer import DEVICE, DRAM, NVME, REMOTE, TIER_NAMES
 from tierline.perf.line import LAW, Calibration, StepLine
@@ -30,7 +30,12 @@ from tierline.scheduling.scheduler import Limits, Scheduler
 from tierline.sim.record import ReplicaTotals
 from tierline.sim.replica import Replica, Speculation
 
-PLACEMENTS: dict[str, type[Lru] | type[CostAware]] = {"lru": Lru, "cost-aware": CostAware}
+PLACEMENTS: dict[str, type[Lru]] = {
+    "lru": Lru,
+    "lfu": Lfu,
+    "arc": Arc,
+    "cost-aware": CostAware,
+}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
