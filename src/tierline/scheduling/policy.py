@@ -106,6 +106,9 @@ class Policy:
     # What other engines do differently (see `profiles`).
     mixes: bool = True  # prompt chunks share a step with decodes
     reserves_output: float = 0.0  # share of output limits that admission keeps memory for
+    reserves_newcomer: float = 1.0  # the same share for whoever is about to enter
+    reserves_max_tokens: int = 1 << 40  # of an output limit that admission looks at
+    prompts_preempt: bool = False  # a prompt under way takes memory from the last to arrive
     longest_prefix_first_below: int = 0  # reorder by cached prefix while fewer wait; 0: never
     gathers: bool = False  # admits nobody until the batch has drained
 

@@ -453,7 +453,10 @@ class Scheduler:
                 grown = self._chunk_pages(s, tokens)
                 if grown > self.pages.free - need:
                     if grown > self._obtainable() - need:
-                        victim = self._who_gives_way(s.band, begun[at + 1 :])
+                        if policy.prompts_preempt:
+                            victim = policy.victim([*self.decoding.values(), *begun[at:]])
+                        else:
+                            victim = self._who_gives_way(s.band, begun[at + 1 :])
                         if victim is None:
                             short = True
                             break
@@ -519,7 +522,7 @@ class Scheduler:
         A refusal changes nothing.
         """
         s = head[3]
-        promise = self._promise(s)
+        promise = self._promise(s, entering=True)
         if s.parked_tokens:
             if promise and not self._can_promise(head, promise):
                 return None
@@ -662,7 +665,7 @@ class Scheduler:
         if self._fair is not None and not s.preemptions:
             self._fair.serve(s.tenant, tokens)
 
-    def _promise(self, s: Sequence) -> int:
+    def _promise(self, s: Sequence, *, entering: bool = False) -> int:
         """Pages that `s` will come to hold, as far as admission looks ahead; 0: it does not."""
         policy, most = self.policy, s.output_max_tokens
         if policy.foresees:
@@ -671,7 +674,10 @@ class Scheduler:
             left = self._lengths.expected_remaining(kind, generated=done, at_most=most)
             return self._held_pages(s.prompt_tokens + done + left, 0)
         if policy.reserves_output:
-            return self._held_pages(s.prompt_tokens + int(most * policy.reserves_output), 0)
+            share = policy.reserves_newcomer if entering else policy.reserves_output
+            return self._held_pages(
+                s.prompt_tokens + int(min(most, policy.reserves_max_tokens) * share), 0
+            )
         return 0
 
     def _can_promise(self, head: Entry, pages: int) -> bool:
