@@ -13,6 +13,7 @@ from strategies import deployments
 from tierline.base.errors import SpecError
 from tierline.base.files import write_text
 from tierline.catalog.deployment import (
+    SCHEDULERS,
     Deployment,
     Limits,
     ModelRef,
@@ -24,6 +25,7 @@ from tierline.catalog.deployment import (
     load_deployment,
     parse_deployment,
 )
+from tierline.scheduling.profiles import POLICIES
 
 CHAT = Deployment(
     model=ModelRef(name="llama-3.1-70b", hf_id="meta-llama/Llama-3.1-70B-Instruct"),
@@ -163,6 +165,21 @@ def test_another_schema_says_what_to_do(schema: Any, message: str, hint: str) ->
         read(text)
     assert message in str(caught.value)
     assert hint in caught.value.hint
+
+
+def test_a_scheduler_by_its_old_name_is_told_the_new_one() -> None:
+    text = CHAT.to_toml().replace('scheduler = "tierline"', 'scheduler = "slo-aware"')
+    assert text != CHAT.to_toml()
+
+    with pytest.raises(SpecError, match=r"fleet.toml: .*'slo-aware'") as raised:
+        read(text)
+
+    assert raised.value.hint == 'write scheduler = "tierline"'
+
+
+@pytest.mark.parametrize("name", SCHEDULERS)
+def test_every_scheduler_of_the_file_is_a_policy(name: str) -> None:
+    assert POLICIES[name].name == name
 
 
 def test_prefill_and_decode_instances_add_up() -> None:

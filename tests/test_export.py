@@ -231,7 +231,7 @@ def test_what_kubernetes_is_told(gpu: str, resource: str, image: str) -> None:
 # What a deployment may ask for, and the targets that cannot say it.
 NOT_EXPRESSED: list[tuple[Deployment, str, set[str]]] = [
     (CHAT, "ttft_p99=2s", set(TARGETS)),
-    (CHAT, "slo-aware scheduling", set(TARGETS)),
+    (CHAT, "tierline scheduling", set(TARGETS)),
     (with_policies(scheduler="fcfs"), "scheduling", set()),
     (replace(CHAT, tiers=(*CHAT.tiers, NVME)), "tier nvme, 7000 GB", set(TARGETS)),
     (replace(CHAT, tiers=(*CHAT.tiers, DRAM)), "tier dram", set()),

@@ -148,7 +148,7 @@ def test_svg_escapes_words_and_attributes():
 def test_every_picture_is_well_formed_and_names_what_it_shows(reuse):
     shown = figures(small_plan(reuse=reuse))
 
-    assert len({p.name for p in shown}) == len(shown) == 10
+    assert len({p.name for p in shown}) == len(shown) == 11
     for picture in shown:
         assert picture.title
         assert " vs" not in picture.title

@@ -61,6 +61,7 @@ def plan(args: argparse.Namespace) -> int:
         budget_usd_per_year=args.budget,
         quality=args.quality,
         engine=args.engine,
+        replay=not args.quick,
         average_load=args.average_load,
         api_usd_per_million=_api_price(args.api_price),
         curve=args.curve,
@@ -381,6 +382,9 @@ def _add_plan(commands: Any) -> None:
         help="worst loss a format may have untested: none, negligible, mild, moderate",
     )
     command.add_argument("--engine", default="vllm", help="engine whose host times to plan with")
+    command.add_argument(
+        "--quick", action="store_true", help="take the closed form's word: no replay decides"
+    )
     command.add_argument(
         "--api-price", metavar="IN,OUT", help="hosted $ per million tokens, for the break-even"
     )

@@ -21,7 +21,8 @@ from tierline.catalog.table import Table, parse_toml
 
 SCHEMA = 1
 TIERS = ("device", "dram", "nvme", "remote")
-SCHEDULERS = ("slo-aware", "priority", "fcfs")
+SCHEDULERS = ("tierline", "fcfs", "shortest", "priority", "edf")  # as `scheduling` names them
+RENAMED_SCHEDULERS = {"slo-aware": "tierline"}
 ROUTINGS = (
     *("round-robin", "least-outstanding", "power-of-two"),
     *("prefix-hash", "prefix-aware", "adapter-aware", "slo-aware"),
@@ -94,7 +95,7 @@ class Disaggregation:
 class Policies:
     """Who goes first, where a request goes, and what is reused."""
 
-    scheduler: str = "slo-aware"
+    scheduler: str = "tierline"
     chunked_prefill: bool = True
     chunk_tokens: int = 2048  # of one prompt in one step
     prefix_cache: bool = True
@@ -272,7 +273,7 @@ def _policies(top: Table) -> Policies:
             decode_instances=split.whole("decode_instances"),
         )
     return Policies(
-        scheduler=table.text("scheduler", choices=SCHEDULERS),
+        scheduler=_scheduler(table),
         chunked_prefill=table.boolean("chunked_prefill"),
         chunk_tokens=table.whole("chunk_tokens"),
         prefix_cache=table.boolean("prefix_cache"),
@@ -280,6 +281,17 @@ def _policies(top: Table) -> Policies:
         speculation=speculation,
         disaggregation=disaggregation,
     )
+
+
+def _scheduler(table: Table) -> str:
+    """The policy's name; one that was renamed is told what to write."""
+    name = table.text("scheduler")
+    if name in RENAMED_SCHEDULERS:
+        raise _CheckError(
+            f"policies.scheduler is {name!r}, which is called {RENAMED_SCHEDULERS[name]!r} now",
+            hint=f'write scheduler = "{RENAMED_SCHEDULERS[name]}"',
+        )
+    return table.text("scheduler", choices=SCHEDULERS)
 
 
 def _planned(top: Table) -> Planned:

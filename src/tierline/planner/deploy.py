@@ -12,6 +12,7 @@ from tierline.catalog.deployment import (
     SloClass,
     Tier,
 )
+from tierline.planner.replay import OURS, routing_of
 from tierline.planner.steps import View
 
 
@@ -43,10 +44,11 @@ def deployment_of(view: View) -> Deployment:
             context_tokens_max=view.load.longest_tokens,
         ),
         policies=Policies(
+            scheduler=view.survival.deciding.policy if view.survival else OURS,
             chunked_prefill=True,
             chunk_tokens=best.instance.chunk_tokens,
             prefix_cache=True,
-            routing="prefix-aware" if best.hit_rate > 0.01 else "least-outstanding",
+            routing=routing_of(best),
         ),
         tiers=tuple(tiers),
         slo=tuple(

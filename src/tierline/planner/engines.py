@@ -210,10 +210,11 @@ def _service_level_gaps(d: Deployment, *, order: str) -> list[str]:
         " (engines have no latency targets; watch them)"
         for level in d.slo
     ]
-    if d.policies.scheduler == "slo-aware":
-        gaps.append(f"slo-aware scheduling: the engine knows no deadlines, {order}")
-    elif d.policies.scheduler == "priority":
-        gaps.append(f"priority scheduling: {order}")
+    scheduler = d.policies.scheduler
+    if scheduler in ("tierline", "edf"):
+        gaps.append(f"{scheduler} scheduling: the engine knows no deadlines, {order}")
+    elif scheduler != "fcfs":
+        gaps.append(f"{scheduler} scheduling: {order}")
     return gaps
 
 

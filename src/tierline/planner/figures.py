@@ -4,14 +4,16 @@ A picture whose data the plan does not have is there all the same: it says what 
 """
 
 from collections.abc import Iterable, Mapping
+from dataclasses import replace
 
 from tierline.base.units import format_seconds, format_usd
 from tierline.catalog.formats import weight_format
 from tierline.catalog.gpus import math_flops_per_s
 from tierline.perf.step import SEQUENCES_MAX, TOKENS_MAX
 from tierline.planner import pictures
-from tierline.planner.finding import Candidate, LoadPoint, Plan
+from tierline.planner.finding import Candidate, LoadPoint, Plan, Replay
 from tierline.planner.pictures import Choice, LatencyPoint, Picture, Swing, WorkPoint
+from tierline.planner.sim_pictures import Curve, latencies
 from tierline.workload.profile import Lengths
 
 DECODE_SIZES = (1, 4, 16, 64, 256)
@@ -29,6 +31,7 @@ def figures(plan: Plan) -> tuple[Picture, ...]:
         _memory(plan),
         _roofline(plan.recommended),
         _pareto(plan),
+        *_replayed(plan),
         _latency(plan, "TTFT"),
         _latency(plan, "ITL"),
         _cost(plan),
@@ -237,6 +240,52 @@ def strictest(plan: Plan, metric: str) -> float | None:
     """The strictest limit on a metric over all classes, in seconds."""
     limits = [level.limit_s(metric) for level in plan.question.levels]
     return min((limit for limit in limits if limit is not None), default=None)
+
+
+def _replayed(plan: Plan) -> tuple[Picture, ...]:
+    """TTFT in the replays beside what the closed form said; nothing where nothing was replayed."""
+    told = plan.survival
+    if told is None:
+        return ()
+    limit_s = strictest(plan, "ttft")
+    edge, safety = plan.recommended.pessimistic, plan.question.safety
+    said = [
+        _replay_curve(f"replay, {safety:g} x the load, slow edge", told.deciding, limit_s),
+        _replay_curve("replay, expected load and law", told.everyday, limit_s),
+        *(
+            [_replay_curve("replay, one instance less", told.smaller, limit_s)]
+            if told.smaller and told.smaller.ttft_s
+            else []
+        ),
+        Curve(
+            policy="closed form, slow edge",
+            points=[(edge.point.ttft_s(p), p / 100) for p in range(1, 100, 2)],
+            percentiles={f"p{p}": edge.point.ttft_s(p) for p in (50, 95, 99)},
+            within=None if limit_s is None else edge.point.within_share(limit_s),
+        ),
+    ]
+    picture = latencies("replay", "TTFT", said, limit_s=limit_s, promise="promised")
+    return (
+        replace(
+            picture,
+            title=f"{told.deciding.instances} instances keep every promise in the replay; "
+            f"the closed form said {told.closed_form_instances}",
+            note=f"Replayed: {told.deciding.stretch}. Shares are of all requests.",
+            columns=("what", *picture.columns[1:]),
+            findings=(14,),
+        ),
+    )
+
+
+def _replay_curve(words: str, replay: Replay, limit_s: float | None) -> Curve:
+    points = [(seconds, percent / 100) for percent, seconds in enumerate(replay.ttft_s)]
+    within = sum(seconds <= (limit_s or 0) for seconds in replay.ttft_s[1:]) / 100
+    return Curve(
+        policy=words,
+        points=points,
+        percentiles={f"p{p}": replay.ttft_percentile_s(p) for p in (50, 95, 99)},
+        within=None if limit_s is None else within,
+    )
 
 
 def _latency(plan: Plan, metric: str) -> Picture:

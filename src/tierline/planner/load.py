@@ -150,6 +150,10 @@ class OperatingPoint:
         left_s = target.limit_s - 2 * level * self.notice_s - self.host_s
         return left_s > 0 and self._late_share(left_s) <= 1 - level
 
+    def within_share(self, limit_s: float) -> float:
+        """Share of requests whose first token comes within `limit_s`."""
+        return max(1 - self._late_share(limit_s - self.notice_s - self.host_s), 0.0)
+
     def itl_s(self, percentile: float) -> float:
         """A percentile of the gap between two tokens of a stream."""
         level = percentile / 100

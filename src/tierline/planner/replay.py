@@ -1,7 +1,8 @@
 """Replaying a candidate: its fleet in the simulator, at the slow edge, judged by every class.
 
-The instance is the one that `tierline sim` would build from the plan's deployment file, so
-that the two never disagree; only its steps are slowed down to the pessimistic edge.
+The instance is the one that `tierline sim` builds from the plan's deployment file, so that the
+two never disagree; the planner adds what the engine spends outside steps, and slows the steps
+down to the pessimistic edge.
 
     INV-PLAN-4  a replay is given up only when a promise is broken whatever comes
 """
@@ -28,6 +29,8 @@ from tierline.sim.replica import Replica
 from tierline.workload.slo import ServiceLevel
 
 BLOCK_TOKENS = 16
+HITS_MIN = 0.01  # of prompt tokens; fewer are not worth routing for
+OURS, PLAIN = "tierline", "fcfs"  # the policies that are compared
 CHECKS = 40  # how often a replay is asked whether it is hopeless
 DRAIN_FACTOR = 3  # a fleet that keeps its promises never serves this many times the mean rate
 
@@ -89,7 +92,7 @@ def replay(
             levels=levels,
             replicas=replicas,
             policy=policy,
-            routing=routing_of(stretch),
+            routing=routing_of(candidate),
             trace_block_tokens=block_tokens,
             seed=SEED,
             keep_steps=True,
@@ -100,10 +103,9 @@ def replay(
     return _told(run, whole)
 
 
-def routing_of(stretch: Stretch) -> str:
-    """Where requests go: to their prefix when they have one."""
-    prefixed = any(r.prefix_blocks for r in stretch.requests)
-    return "prefix-aware" if prefixed else "least-outstanding"
+def routing_of(candidate: Candidate) -> str:
+    """Where requests go: to their prefix, when that is worth anything."""
+    return "prefix-aware" if candidate.hit_rate > HITS_MIN else "least-outstanding"
 
 
 def _gives_up(stretch: Stretch, levels: Sequence[ServiceLevel]) -> Callable[[Fleet], None]:

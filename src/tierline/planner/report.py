@@ -14,7 +14,7 @@ from typing import Any
 from tierline.base.units import format_seconds, format_usd, significant
 from tierline.perf.evidence import KINDS, Value
 from tierline.planner.figures import figures, strictest, why_not
-from tierline.planner.finding import Candidate, Edge, Finding, Plan, Rejected
+from tierline.planner.finding import Candidate, Edge, Finding, Plan, Rejected, Worth
 from tierline.planner.pages import render_page
 
 ALTERNATIVES_MAX = 20
@@ -27,6 +27,8 @@ CAVEAT_STEPS = (
     ("price", 12),
     ("reuse", 8),
     ("step times", 10),
+    ("replay", 14),
+    ("policy", 14),
     ("queueing", 10),
 )
 
@@ -58,6 +60,9 @@ def render_report(plan: Plan) -> str:
         pictures=figures(plan),
         alternatives=alternatives(plan),
         mixed=mixed_fleet(plan),
+        survival=plan.survival,
+        tiers=worth_rows(plan.survival.tiers) if plan.survival else [],
+        policies=worth_rows(plan.survival.policies) if plan.survival else [],
         rejected=group_rejected(plan.rejected),
         facts=[(name.replace("_", " "), value) for name, value in sorted(plan.facts.items())],
         deployment=plan.deployment.to_toml(),
@@ -232,6 +237,31 @@ def alternatives(plan: Plan) -> list[dict[str, Any]]:
 def _headroom(candidate: Candidate, plan: Plan) -> float:
     edge = candidate.pessimistic
     return edge.instances * edge.usable_rps / plan.demand_rps - 1
+
+
+def worth_rows(worths: Sequence[Worth]) -> list[dict[str, Any]]:
+    """The smallest fleet with each, and what it saves against the one that saves least."""
+    gpus = [w.gpus for w in worths if w.gpus is not None]
+    usd = [w.usd_per_year for w in worths if w.usd_per_year is not None]
+    rows = []
+    for worth in worths:
+        saved = "" if worth.gpus is None else f"{max(gpus) - worth.gpus:,} GPUs"
+        if saved and worth.usd_per_year is not None:
+            saved += f", {format_usd(max(usd) - worth.usd_per_year)}"
+        none = "none that was tried"
+        rows.append(
+            {
+                "label": worth.label,
+                "instances": none if worth.instances is None else f"{worth.instances:,}",
+                "gpus": "–" if worth.gpus is None else f"{worth.gpus:,}",
+                "cost": "–" if worth.usd_per_year is None else format_usd(worth.usd_per_year),
+                "ttft": "–" if worth.ttft_p99_s is None else format_seconds(worth.ttft_p99_s),
+                "hits": f"{worth.hit_share:.1%}",
+                "saved": saved or "–",
+                "chosen": worth.chosen,
+            }
+        )
+    return rows
 
 
 def mixed_fleet(plan: Plan) -> str:

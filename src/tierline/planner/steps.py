@@ -39,6 +39,8 @@ from tierline.perf.transfer import cold_start
 from tierline.planner.candidates import Load, Search
 from tierline.planner.finding import Candidate, Finding, Question, Rejected, Survival
 from tierline.planner.load import saturated_rate, usable_rate
+from tierline.planner.replay import OURS
+from tierline.planner.survive import knows_classes
 from tierline.workload.profile import Lengths, Profile, phase_balance
 
 CONTAINER_START_S = 30.0
@@ -644,7 +646,7 @@ def survive_replay(view: View) -> tuple[Finding, ...]:
     last = told.deciding
     before, after = told.closed_form_instances, last.instances
     verdict = (
-        f"The closed form's {_count(before, 'instance')} survive"
+        f"The closed form's {_count(before, 'instance')} {'survives' if before == 1 else 'survive'}"
         if before == after
         else f"The closed form said {before}, the replay says {after}"
     )
@@ -730,6 +732,14 @@ def headline(view: View) -> str:
     breaks = edge.instances * edge.usable_rps
     cost = f"; {format_usd(edge.usd_per_year)} a year" if edge.usd_per_year is not None else ""
     promises = "; ".join(str(level) for level in view.question.levels)
+    told = view.survival
+    if told is not None and told.closed_form_instances != told.deciding.instances:
+        return (
+            f"{edge.instances} x {best.layout.gpus} {short_title(best.gpu)} "
+            f"({_count(edge.gpus, 'GPU')}) hold {promises} at {_rate(view.load.rate_rps)}{cost}; "
+            f"up to {_rate(breaks)} in a replay, where the closed form asks for "
+            f"{_count(told.closed_form_instances, 'instance')}."
+        )
     return (
         f"{edge.instances} x {best.layout.gpus} {short_title(best.gpu)} "
         f"({_count(edge.gpus, 'GPU')}) hold {promises} "
@@ -750,13 +760,13 @@ def caveats(view: View) -> tuple[str, ...]:
         f"Step times are {best.evidence.kind} ({best.evidence.source}): the truth lies between "
         f"{best.evidence.low:g} and {best.evidence.high:g} of ours in 8 of 10 cases; the plan uses "
         f"the slow edge.",
-        "Latency under load comes from a queueing model, not from a replay of the trace.",
+        *_basis(view),
     ]
     if view.load.hit_rate is None:
         lines.append(
             "Prefix reuse is unknown: the trace carries no prefix blocks, so none is used."
         )
-    if len(view.question.levels) > 1:
+    if len(view.question.levels) > 1 and not knows_classes(view.question, view.profile):
         lines.append(
             "Every request is planned to the strictest promise of any class: the plan does not "
             "know which request belongs to which."
@@ -776,6 +786,28 @@ def caveats(view: View) -> tuple[str, ...]:
             f"edge costs {format_usd(best.optimistic.usd_per_year or 0)}.",
         )
     return (*lines, *view.profile.notes)
+
+
+def _basis(view: View) -> list[str]:
+    """What the number of instances rests on, and what else would be needed without it."""
+    told = view.survival
+    if told is None:
+        return ["Latency under load comes from a queueing model, not from a replay of the trace."]
+    last = told.deciding
+    lines = [
+        f"The number of instances comes from a replay of {last.stretch}, at "
+        f"{view.question.safety:g} times the load to size for; load curves and what-ifs come from "
+        "a queueing model, scaled to agree with it.",
+    ]
+    others = [w for w in told.policies if not w.chosen]
+    if last.policy == OURS and others and others[0].instances != last.instances:
+        fleet = _count(others[0].instances, "instance") if others[0].instances else "no fleet tried"
+        takes = "takes" if others[0].instances else "does"
+        lines.append(
+            f"The fleet is sized for the {last.policy} policy; first come first served, which "
+            f"engines do by default, {takes} {fleet}."
+        )
+    return lines
 
 
 def _price(candidate: Candidate) -> str:

@@ -37,12 +37,11 @@ from tierline.planner.finding import (
     Survival,
     Worth,
 )
-from tierline.planner.replay import BLOCK_TOKENS, replay
+from tierline.planner.replay import BLOCK_TOKENS, OURS, PLAIN, replay
 from tierline.planner.traffic import DECIDED_REQUESTS_MAX, SCREENED_REQUESTS, Stretch, Traffic
 from tierline.workload.profile import Profile
 from tierline.workload.slo import ServiceLevel
 
-OURS, PLAIN = "tierline", "fcfs"
 SCREENED_RATIO = 2.0  # times the best cost, by the closed form: dearer ones are not replayed
 RIVALS = 3  # that are decided by the full replay as well, beside all that seem cheaper
 LIMIT_FACTOR = 3  # times the closed form's instances, beyond which nothing is tried

@@ -5,8 +5,8 @@ from collections.abc import Iterable, Sequence
 
 from tierline.base.units import format_seconds, format_usd, significant
 from tierline.planner.figures import why_not
-from tierline.planner.finding import Candidate, Plan
-from tierline.planner.report import mixed_fleet
+from tierline.planner.finding import Candidate, Plan, Survival
+from tierline.planner.report import mixed_fleet, worth_rows
 
 WIDTH = 96
 ALTERNATIVES_MAX = 5
@@ -19,6 +19,7 @@ def render_text(plan: Plan) -> str:
         ["What could be wrong", *_items(plan.caveats)],
         ["Band (the plan buys for the pessimistic edge)", *_band(plan.recommended)],
         ["Why", *_reasons(plan)],
+        *([["What survives the replay", *_survival(plan.survival)]] if plan.survival else []),
         ["Alternatives", *_alternatives(plan)],
         ["What changes the answer", *_sensitivities(plan)],
     ]
@@ -61,6 +62,19 @@ def _reasons(plan: Plan) -> list[str]:
         for finding in plan.findings
         for row in _wrap(f"{finding.title}: {finding.answer}", " " * 6, f"  {finding.step:>2}  ")
     ]
+
+
+def _survival(told: Survival) -> list[str]:
+    rows = [("smallest fleet with", "instances", "GPUs", "$ a year", "saves", "TTFT p99")]
+    for worths in (told.tiers, told.policies):
+        rows += [
+            (
+                row["label"] + " (chosen)" * row["chosen"],
+                *(row[name] for name in ("instances", "gpus", "cost", "saved", "ttft")),
+            )
+            for row in worth_rows(worths)
+        ]
+    return _table(rows)
 
 
 def _alternatives(plan: Plan) -> list[str]:
