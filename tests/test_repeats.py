@@ -8,6 +8,7 @@ times, evictions and bytes moved must be equal to the bit.
 import pytest
 
 from tierline.base.clock import FOREVER_PS
+from tierline.scheduling.chunking import ChunkSizer
 from tierline.scheduling.scheduler import Scheduler
 from tierline.sim.fleet import Fleet
 from tierline.sim.record import FINISHED, REFUSED
@@ -105,11 +106,7 @@ GUARDS = {
     "an arrival ends repeats": (Scheduler, "add", lambda s, q: ADD(s, q) and False),
     "memory bounds repeats": (Scheduler, "_memory_horizon", all_of_it),
     "a landing ends repeats": (Scheduler, "_woken", lambda s, t: WOKEN(s, t) and False),
-    "a chunk shrinks as its prompt grows": (
-        Scheduler,
-        "_sized_horizon",
-        lambda *_: FOREVER_PS,
-    ),
+    "a chunk shrinks as its prompt grows": (ChunkSizer, "holds_for", lambda *_: FOREVER_PS),
     "a prompt stays first": (Scheduler, "_begun", lambda s: list(s.prefilling.values())),
     "what lands wakes who waits": (Scheduler, "landed", lambda s, t: LANDED(s, t) and False),
 }

@@ -118,7 +118,7 @@ def world(seed: int, *, policies: tuple[str, ...] = ()) -> World:
         tier_specs={DRAM: _spec("dram", 20e9), NVME: _spec("nvme", 3e9)},
         placement=rng.choice(("lru", "cost-aware")),
     )
-    requests = _requests(rng, block, shared=rng.random() < 0.7)
+    requests = _requests(rng, block, shared=rng.random() < 0.7, paced=seed % 2 == 1)
     outputs = array("q")
     for s in requests:
         early = rng.randrange(s.output_max_tokens) if rng.random() < 0.3 else 0
@@ -152,8 +152,11 @@ def _spec(name: str, rate: float) -> TierSpec:
     )
 
 
-def _requests(rng: Random, block: int, *, shared: bool) -> list[Sequence]:
-    """Bursty arrivals of three classes, whose prompts continue each other's documents."""
+def _requests(rng: Random, block: int, *, shared: bool, paced: bool) -> list[Sequence]:
+    """Bursty arrivals of three classes, whose prompts continue each other's documents.
+
+    `paced`: they have targets for the mean of their gaps instead of for every gap.
+    """
     rate = rng.choice((0.5, 2, 8, 50))
     now_ps, documents, requests = 0, [], []
     for i in range(rng.choice((5, 20, 60, 120))):
@@ -167,6 +170,7 @@ def _requests(rng: Random, block: int, *, shared: bool) -> list[Sequence]:
         chain = chain + [i * 1_000_000 + j for j in range(prompt // block - len(chain))]
         documents.append(chain)
         rank = rng.randrange(3)
+        target_ps = (30 * PS_PER_MS, 60 * PS_PER_MS, FOREVER_PS)[rank]
         requests.append(
             Sequence(
                 i,
@@ -175,7 +179,8 @@ def _requests(rng: Random, block: int, *, shared: bool) -> list[Sequence]:
                 output_max_tokens=rng.choice(OUTPUTS),
                 rank=rank,
                 due_ps=now_ps + (1, 3, 100)[rank] * PS_PER_S,
-                itl_ps=(30 * PS_PER_MS, 60 * PS_PER_MS, FOREVER_PS)[rank],
+                itl_ps=FOREVER_PS if paced else target_ps,
+                tpot_ps=target_ps if paced else FOREVER_PS,
                 tenant=str(rng.randrange(3)),
                 chain=chain if shared and chain else None,
             )
