@@ -887,12 +887,14 @@ class Scheduler:
         tokens = step.chunks[0][1] if step.chunks else 0
         if not decodes and not tokens:
             return repeats
+        if not decodes:
+            free -= self._tick_pages()  # kept for streams that stand still meanwhile
         # A bound that never walks: whole cycles of what decoders take, the chunk as it grows.
         most = (repeats // block + 1) * self._growth_total if decodes else 0
         if most + (repeats * tokens // block + 1) * self._block_pages <= free:
             return repeats
         cached = step.chunks[0][0].cached_tokens if tokens else 0
-        return self._staircase(repeats, decodes, tokens, cached)
+        return self._staircase(repeats, decodes, tokens, cached, free)
 
     def _free_before_writing_back(self) -> int:
         """Pages that may be taken before `_write_back` or `_reclaim` has something to do."""
@@ -901,9 +903,9 @@ class Scheduler:
             free = min(free, free + index.leaving_blocks * self._block_pages - self._low_pages)
         return free
 
-    def _staircase(self, repeats: int, decodes: int, tokens: int, cached: int) -> int:
+    def _staircase(self, repeats: int, decodes: int, tokens: int, cached: int, free: int) -> int:
         """The same, exactly: growth is periodic in the tick, and the chunk's is a staircase."""
-        block, free, weight = self._block, self._free_before_writing_back(), self._block_pages
+        block, weight = self._block, self._block_pages
         if tokens:
             repeats = min(repeats, (free // weight + 1) * block // tokens + 1)
         rise, total = [0], 0
