@@ -62,11 +62,14 @@ class Scaling:
     forecasting: bool = True
     bucket_ps: int = 60 * PS_PER_S  # grain of the history of arrivals
     season_buckets: int = 1440  # a day
+    look_ps: int = 5 * PS_PER_S  # between two observations
+    drain_ps: int = 300 * PS_PER_S  # what a leaving replica has not answered then is routed anew
 
     def __post_init__(self) -> None:
         assert 0 <= self.replicas_min <= self.replicas_max
         assert self.rps_per_replica > 0
         assert self.bucket_ps > 0
+        assert self.look_ps > 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

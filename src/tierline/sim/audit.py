@@ -69,6 +69,10 @@ def _of_replica(replica: Replica) -> Iterator[str]:
             yield f"{getattr(check, '__self__', check).__class__.__name__}: {_told(error)}"
     yield from _members(replica)
     yield from _waits(replica)
+    pools = replica.fleet.pools
+    for s in replica.scheduler.held_back.values():
+        if pools is None or not pools.expects(replica, s):
+            yield f"request {s.id} was handed over, and its memory is not given back"
     if not replica.alive and (replica.sequences or replica.step is not None):
         yield "it is down and has work"
 

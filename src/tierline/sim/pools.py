@@ -171,6 +171,11 @@ class Pools:
 
     # --- what the fleet calls ---------------------------------------------------------------
 
+    def expects(self, replica: Replica, sequence: Sequence) -> bool:
+        """Whether what the replica keeps of a computed prompt is still to be sent."""
+        handover = self._handovers.get(sequence.id)
+        return handover is not None and handover.sender is replica and handover.original is sequence
+
     def died(self, replica: Replica, now_ps: int) -> None:
         """A replica is gone, with what it kept for others and what was on its way there."""
         for i, handover in list(self._handovers.items()):

@@ -61,6 +61,10 @@ class Pools(Protocol):
         """It has arrived there."""
         ...
 
+    def expects(self, replica: "Replica", sequence: Sequence) -> bool:
+        """Whether what it keeps of a computed prompt is still to be sent."""
+        ...
+
     def died(self, replica: "Replica", now_ps: int) -> None:
         """A replica is gone, with what it kept for others and what was on its way there."""
         ...

@@ -15,7 +15,6 @@ Invariants
 
 from bisect import bisect_right
 
-from tierline.base.clock import PS_PER_S
 from tierline.kv.transfer import NVME
 from tierline.scheduling.scaling import (
     Autoscaler,
@@ -30,8 +29,6 @@ from tierline.sim.instance import Instance
 from tierline.sim.record import Moment
 from tierline.sim.replica import Replica
 
-LOOK_PS = 5 * PS_PER_S
-DRAIN_PS = 300 * PS_PER_S  # what is not answered by then is routed anew
 INIT_S = 20.0  # container, compilation, graphs, warm-up
 
 
@@ -46,21 +43,11 @@ def cold_start_of(instance: Instance, *, tier: int = NVME, init_s: float = INIT_
 class Scaler:
     """Keeps one group of replicas as large as its autoscaler wants it."""
 
-    def __init__(
-        self,
-        fleet: Fleet,
-        members: list[Replica],
-        scaling: Scaling,
-        *,
-        look_ps: int = LOOK_PS,
-        drain_ps: int = DRAIN_PS,
-    ) -> None:
+    def __init__(self, fleet: Fleet, members: list[Replica], scaling: Scaling) -> None:
         """`members` is the live list that routing or the pool reads; it grows."""
         assert members, "a group begins with a replica, which others are made like"
         assert scaling.replicas_max >= 1, "nobody would ever serve"
-        assert look_ps > 0
         self.fleet, self.members, self.scaling = fleet, members, scaling
-        self.look_ps, self.drain_ps = look_ps, drain_ps
         self.moments: list[Moment] = []
         self._pattern = members[0]
         self._autoscaler = Autoscaler(scaling, started_ps=fleet.now_ps)
@@ -70,7 +57,7 @@ class Scaler:
 
     def start(self) -> None:
         """Look from now on."""
-        self.fleet.later(self.fleet.now_ps + self.look_ps, self._look)
+        self.fleet.later(self.fleet.now_ps + self.scaling.look_ps, self._look)
 
     def _look(self, now_ps: int) -> None:
         self._let_go(now_ps)
@@ -85,7 +72,7 @@ class Scaler:
             self._grow(more, now_ps)
         elif more < 0:
             self._shrink(-more, now_ps)
-        self.fleet.later(now_ps + self.look_ps, self._look)
+        self.fleet.later(now_ps + self.scaling.look_ps, self._look)
 
     def _observation(self, now_ps: int) -> Observation:
         serving = [r for r in self.members if r.accepting]
@@ -149,7 +136,10 @@ class Scaler:
             replica = self.fleet.replicas[number]
             outstanding = len(replica.sequences) + len(replica.scheduler.held_back)
             leaves = drained(
-                outstanding=outstanding, since_ps=since_ps, now_ps=now_ps, bound_ps=self.drain_ps
+                outstanding=outstanding,
+                since_ps=since_ps,
+                now_ps=now_ps,
+                bound_ps=self.scaling.drain_ps,
             )
             if leaves or not replica.alive:  # a fault may have been faster
                 del self._draining[number]
