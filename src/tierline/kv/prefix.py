@@ -33,6 +33,8 @@ from tierline.kv.placement import Lru, Placement
 from tierline.kv.placement import Run as Cached
 from tierline.kv.transfer import BACKGROUND, DEMAND, DEVICE, DRAM, REMOTE, Transfer
 
+MOVED_AT_ONCE = 64  # what goes together, or is not worth cutting: this fraction of a tier
+
 
 class Holder(Protocol):
     """What the index knows of a sequence that computes and holds runs."""
@@ -207,6 +209,9 @@ class PrefixIndex:
         self.last_tier = in_use[-1] if in_use else DEVICE
         self._offered = range(self.last_tier + 1)
         self.below = self._neighbours()
+        device_blocks = self.pages.total // self.pages_per_block
+        sizes = [device_blocks, *(tier.capacity_blocks for tier in self.tiers[1:])]
+        self._grains = [blocks // MOVED_AT_ONCE for blocks in sizes]
 
     def _neighbours(self) -> list[int]:
         """0 where there is none below."""
@@ -533,11 +538,12 @@ class PrefixIndex:
                 continue
             if run.mask == bit and run.children and not self.below[tier]:
                 continue  # the last copy of what others hang from: offered when they are gone
-            if run.blocks > blocks - done:  # only the tail goes
+            if run.blocks > blocks - done:  # only the tail goes, unless the rest is little
                 if self._trim(run, tier, blocks - done):
                     heappush(heap, entry)
                     return blocks, aside
-                self._split(run, run.blocks - (blocks - done))
+                if run.blocks - (blocks - done) > self._grains[tier]:
+                    self._split(run, run.blocks - (blocks - done))
             forgotten = self._forget(run, tier, write_back=write_back)
             done += forgotten
             if not forgotten:
@@ -595,12 +601,20 @@ class PrefixIndex:
             return None
         self.tiers[below].stored_blocks += run.blocks
         self._set(run, below)
-        transfer = self._send("back" if tier == DEVICE else "demote", tier, below, (BACKGROUND, 0))
+        transfer = self._joint("back" if tier == DEVICE else "demote", tier, below)
         transfer.runs.append(run)
-        transfer.blocks = run.blocks
-        transfer.bytes = run.blocks * self.block_bytes
+        transfer.blocks += run.blocks
+        transfer.bytes += run.blocks * self.block_bytes
         self._offer(run)
         return transfer
+
+    def _joint(self, kind: str, source: int, target: int) -> Transfer:
+        """What one step moves down travels together, as long as no page waits long for it."""
+        for transfer in self.outbox:
+            same = transfer.kind == kind and transfer.target == target
+            if same and transfer.blocks < self._grains[DEVICE]:
+                return transfer
+        return self._send(kind, source, target, (BACKGROUND, 0))
 
     def make_room(self, tier: int, blocks: int) -> bool:
         """Whether `blocks` more fit in a tier, after forgetting what must go for them."""
