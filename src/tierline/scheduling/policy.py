@@ -3,17 +3,24 @@
 A policy is data.  Its order is a key that is fixed when a request enters the queue: slack,
 aging and fair shares are written as instants, so a heap stays sorted while time passes.
 
-The tierline policy.  Everybody has a deadline, given or that of the class, so the earliest
-deadline first *is* aging: a request is overtaken only by those that arrive before its
-deadline and want their token before it.  Four mechanisms keep that order good under load:
+The tierline policy.  Everybody has a deadline, given or that of a patient class, and the
+earliest goes first.  That *is* aging: a request is overtaken only by those that arrive before
+its deadline and want their token before it.  These mechanisms keep that order good under load:
 
-- sheds: when not everybody can be on time, the longest of those that would be late step
+- shedding: when not everybody can be on time, the longest of those that would be late step
   back (Moore and Hodgson 1968: the most on-time starts), so that nobody drags others down;
-- overtakes: prompts under way and newcomers are served in one order, chunk by chunk;
-- adaptive chunk: a step with prompt tokens is no longer than the tightest ITL target;
-- floors: a class below its share goes first, so late and background work still advances.
+- overtaking: prompts under way and newcomers are served in one order, chunk by chunk;
+- adaptive chunks: no step breaks the promise of a stream that runs (`chunking`);
+- background: whoever can wait for minutes goes behind, until its deadline is near;
+- floors: background and late work have a share of the tokens admitted.  Who is below it goes
+  first, with a part of each step, so that nobody who can be on time is held up for long;
+- giving way: background leaves, prompt or stream, for a prompt that can be on time and has
+  no room; it enters only where its predicted end has room, too (`foresees`);
+- debts: a tenant above its share is delayed by what a fair server would delay it.
 
-Bound on starvation (INV-SCHED-1): see `admission.starvation_bound_tokens`.
+Nobody starves (INV-SCHED-1, proven in docs/concepts/scheduling.md): who can be on time enters
+before its deadline or steps back; who stepped back, with Q tokens of service before it,
+enters before (Q + 2M) 100/f others are admitted.
 """
 
 from collections.abc import Callable, Iterable

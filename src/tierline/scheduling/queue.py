@@ -4,11 +4,15 @@ There is a lane for each band: those that can be on time, the background, and th
 stepped back.  Lanes are heaps over keys that never change.  A lane may have a floor, a share
 of the tokens admitted: while it waits it earns that share in credit, when it is served it
 pays, and a lane in credit is *owed*: it goes next whatever the keys say.  An empty lane
-saves nothing up.
+saves nothing up, and of what a lane was served beyond its floor no more than its largest
+request is held against it.
 
 Invariants
-    INV-SCHED-2  a lane with a floor of f percent that always waits is served at least f
-                 percent of all tokens admitted, less one request
+    INV-SCHED-1  who waits in a lane with a floor of f percent, with Q tokens of service before
+                 it there, enters before another (Q + 2M) 100/f tokens are admitted, M being
+                 the largest request
+    INV-SCHED-2  as long as a lane with a floor of f <= 33 percent waits, it is served at
+                 least f percent of the tokens admitted, less 2M
     INV-SCHED-3  everybody who waits is in exactly one lane
 """
 
@@ -33,11 +37,12 @@ Entry = tuple[int, Any, int, Sequence]
 class Lane:
     """One heap of waiting sequences."""
 
-    __slots__ = ("credit", "floor_percent", "heap")
+    __slots__ = ("credit", "floor_percent", "heap", "largest_tokens")
 
     def __init__(self, floor_percent: int = 0) -> None:
         self.floor_percent = floor_percent
         self.credit = 0  # percent x tokens; positive: owed
+        self.largest_tokens = 0  # request that was served
         self.heap: list[Entry] = []
 
 
@@ -92,7 +97,8 @@ class WaitingLine:
                 other.credit += other.floor_percent * tokens
             if not other.heap:
                 other.credit = min(other.credit, 0)
-        lane.credit -= 100 * tokens
+        lane.largest_tokens = max(lane.largest_tokens, tokens)
+        lane.credit = max(lane.credit - 100 * tokens, -100 * lane.largest_tokens)
 
     def on_time(self) -> Iterator[Sequence]:
         """Those who wait and have not stepped back."""
