@@ -1,6 +1,6 @@
 """The step law in whole picoseconds, for schedulers that predict and executors that add up.
 
-`StepCost` prices a step in floating-point seconds.  Here the same law has integer
+A `Cost` prices a step in floating-point seconds.  Here the same law has integer
 coefficients, so that a step is `alpha` and the j-th repeat of it exactly `alpha + j beta`:
 k repeats cost k alpha + beta k (k - 1) / 2, to the bit what k single steps cost.
 
@@ -8,17 +8,21 @@ Sequences grow while they decode, and windows saturate: `linear_steps` says for 
 repeats the line holds.  A step that computes prompt tokens in front of streams is bounded
 by `chunk_for`: the most prompt tokens that keep the step under an ITL target.
 
-Two or three scalars of an engine on an accelerator (`Calibration`) multiply or add here,
-and nowhere else.
+The few scalars of an engine on an accelerator (`Calibration`) multiply or add here, and
+nowhere else.
 """
 
 from collections.abc import Callable
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass
 from math import isqrt
+from typing import Protocol
 
 from tierline.base.clock import FOREVER_PS, PS_PER_S
-from tierline.perf.step import StepCost
+from tierline.catalog.gpu import GpuSpec
+from tierline.catalog.model import ModelSpec
+from tierline.perf.evidence import Evidence
+from tierline.perf.step import Layout, StepTerms
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -28,10 +32,45 @@ class Calibration:
     step_s: float = 0.0  # added to every step: the engine's own overhead
     layers: float = 1.0  # multiplies products and collectives
     cache: float = 1.0  # multiplies reading and scoring the cache: skewed lengths, kernel choice
+    kernel_s: float = 0.0  # added for every kernel of a step, where kernels are counted
+    prompt_layer_s: float = 0.0  # added for every layer of a step with prompt tokens, no graph
     source: str = "the law as it is"
 
 
 LAW = Calibration()
+
+
+class Cost(Protocol):
+    """What steps are priced by: the fitted law (`perf.step`), or kernels (`perf.kernel_cost`)."""
+
+    @property
+    def model(self) -> ModelSpec:
+        """The model."""
+        ...
+
+    @property
+    def gpu(self) -> GpuSpec:
+        """The accelerator."""
+        ...
+
+    @property
+    def layout(self) -> Layout:
+        """How the model is cut."""
+        ...
+
+    @property
+    def weights_bytes_per_gpu(self) -> float:
+        """Bytes of weights on one accelerator."""
+        ...
+
+    @property
+    def evidence(self) -> Evidence:
+        """How well its prices are known."""
+        ...
+
+    def terms(self, tokens_max: int) -> StepTerms:
+        """The coefficients of steps of up to so many tokens."""
+        ...
 
 
 class StepLine:
@@ -41,8 +80,12 @@ class StepLine:
         "_bounded",
         "_bounded_pairs",
         "_cache_ps",
+        "_mixed_cache_ps",
+        "_mixed_pair_ps",
+        "_mixed_sequence_ps",
         "_pair_ps",
         "_prefill_ps",
+        "_prompt_token_ps",
         "_sequences_ps",
         "_state_ps",
         "_tokens_ps",
@@ -51,13 +94,13 @@ class StepLine:
     )
 
     def __init__(
-        self, cost: StepCost, *, tokens_max: int, calibration: Calibration = LAW, slow: float = 1.0
+        self, cost: Cost, *, tokens_max: int, calibration: Calibration = LAW, slow: float = 1.0
     ) -> None:
         """`tokens_max` bounds the tokens of one step; `slow` stretches every step."""
         terms = cost.terms(tokens_max)
         scale = PS_PER_S * terms.slowdown * slow
         layers, cache = scale * calibration.layers, scale * calibration.cache
-        fixed_s = calibration.step_s
+        fixed_s = calibration.step_s + calibration.kernel_s * terms.kernels
         self.cost = cost
         self.tokens_max = tokens_max
         self._tokens_ps = [round(layers * s) for s in terms.tokens_s]
@@ -70,7 +113,12 @@ class StepLine:
         self._bounded_pairs = [
             (2 * limit, round(cache * s / 2)) for limit, s in terms.bounded_pairs
         ]
-        self._prefill_ps = round(scale * terms.prefill_s)
+        prompt_s = terms.prefill_s + calibration.prompt_layer_s * cost.model.layers
+        self._prefill_ps = round(scale * prompt_s)
+        self._prompt_token_ps = round(layers * terms.prompt_token_s)
+        self._mixed_cache_ps = round(cache * terms.mixed_cache_s_per_token)
+        self._mixed_sequence_ps = round(cache * terms.mixed_sequence_s)
+        self._mixed_pair_ps = round(cache * terms.mixed_pair_s)
 
     def line(
         self,
@@ -104,7 +152,9 @@ class StepLine:
                 growth += 2 * count * count
             tokens += prompt
             alpha += self._prefill_ps + self._pair_ps * pairs
-            beta += self._pair_ps * growth
+            alpha += (self._prompt_token_ps + self._mixed_pair_ps * decodes) * prompt
+            alpha += self._mixed_cache_ps * context_tokens + self._mixed_sequence_ps * decodes
+            beta += self._pair_ps * growth + self._mixed_cache_ps * decodes
             for limit, pair_ps in self._bounded_pairs:
                 most = limit * prompt
                 if pairs < most:
@@ -149,8 +199,10 @@ class StepLine:
         grain: int,
     ) -> int:
         """The most prompt tokens, a multiple of `grain`, of a step no longer than `target_ps`."""
-        base = self._sequences_ps[decodes] + self._cache_ps * context_tokens
-        base += self._state_ps * decodes + self._prefill_ps
+        base = self._sequences_ps[decodes] + self._state_ps * decodes + self._prefill_ps
+        base += (self._cache_ps + self._mixed_cache_ps) * context_tokens
+        base += self._mixed_sequence_ps * decodes
+        each = self._prompt_token_ps + self._mixed_pair_ps * decodes
         for limit, token_ps in self._bounded:
             base += token_ps * min(context_tokens, limit * decodes)
         room = target_ps - base
@@ -158,13 +210,14 @@ class StepLine:
         low, high = 0, tokens_max // grain
         # Mostly the whole budget fits, so that is asked first.
         pairs = tokens_max * (2 * past_tokens + tokens_max)
-        if not bounded and tokens_ps[decodes + tokens_max] + pair_ps * pairs <= room:
+        whole = tokens_ps[decodes + tokens_max] + pair_ps * pairs + each * tokens_max
+        if not bounded and whole <= room:
             return high * grain
         while low < high:
             middle = (low + high + 1) >> 1
             count = middle * grain
             pairs = count * (2 * past_tokens + count)
-            step = tokens_ps[decodes + count] + pair_ps * pairs
+            step = tokens_ps[decodes + count] + pair_ps * pairs + each * count
             for limit, bounded_ps in bounded:
                 step += bounded_ps * min(pairs, limit * count)
             if step <= room:
@@ -177,11 +230,13 @@ class StepLine:
         self, *, chunk: int, decodes: int, context_tokens: int
     ) -> Callable[[int, int], int]:
         """(prompt tokens, cached tokens before) -> picoseconds, at one decode load and chunk."""
-        fixed = self._sequences_ps[decodes] + self._cache_ps * context_tokens
-        fixed += self._state_ps * decodes + self._prefill_ps
+        fixed = self._sequences_ps[decodes] + self._state_ps * decodes + self._prefill_ps
+        fixed += (self._cache_ps + self._mixed_cache_ps) * context_tokens
+        fixed += self._mixed_sequence_ps * decodes
         for limit, token_ps in self._bounded:
             fixed += token_ps * min(context_tokens, limit * decodes)
         tokens_ps, pair_ps, bounded = self._tokens_ps, self._pair_ps, self._bounded_pairs
+        each = self._prompt_token_ps + self._mixed_pair_ps * decodes
         whole_ps = fixed + tokens_ps[decodes + chunk]
 
         def price(tokens: int, past: int) -> int:
@@ -190,7 +245,7 @@ class StepLine:
             if rest:
                 total += fixed + tokens_ps[decodes + rest]
             pairs = tokens * (2 * past + tokens)
-            total += pair_ps * pairs
+            total += pair_ps * pairs + each * tokens
             for limit, bounded_ps in bounded:
                 total += bounded_ps * min(pairs, limit * tokens)
             return total

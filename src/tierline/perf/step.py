@@ -232,6 +232,11 @@ class StepTerms:
     bounded_pairs: list[tuple[int, float]]
     prefill_s: float  # once a step that has prompt tokens
     slowdown: float
+    kernels: int = 0  # that a step launches one after the other, if that is known
+    prompt_token_s: float = 0.0  # per prompt token, beside `tokens_s`
+    mixed_cache_s_per_token: float = 0.0  # more per cached token in a step with prompt tokens
+    mixed_sequence_s: float = 0.0  # and per decoding sequence
+    mixed_pair_s: float = 0.0  # and per decoding sequence and prompt token
 
 
 class StepCost:
@@ -389,6 +394,11 @@ class StepCost:
             else:
                 bounded[limit] = bounded.get(limit, 0.0) + flops / rate
         self._bounded_pairs = sorted(bounded.items())
+
+    @property
+    def evidence(self) -> Evidence:
+        """How well the law is known on this accelerator."""
+        return self.rates.evidence
 
     # --- memory ---------------------------------------------------------------------------
 

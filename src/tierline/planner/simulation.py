@@ -338,7 +338,7 @@ def command_of(replay: Replay, folder: Path) -> str:
 def caveats(done: Simulation) -> tuple[str, ...]:
     """What the inputs say against being believed; the page adds what the run says."""
     loaded = done.loaded
-    evidence = instance_of(loaded.deployment).cost.rates.evidence
+    evidence = instance_of(loaded.deployment).cost.evidence
     said = [
         f"Step times are {evidence.kind} ({evidence.source}): eight in ten true ones lie between "
         f"{evidence.low:.2f} and {evidence.high:.2f} of ours.",

@@ -23,7 +23,7 @@ from tierline.kv.pages import Pages
 from tierline.kv.placement import Arc, CostAware, Lfu, Lru, Placement
 from tierline.kv.prefix import PrefixIndex
 from tierline.kv.transfer import DEVICE, DRAM, NVME, REMOTE, TIER_NAMES
-from tierline.perf.line import LAW, Calibration, StepLine
+from tierline.perf.line import LAW, Calibration, Cost, StepLine
 from tierline.perf.step import TOKENS_MAX, Layout, StepCost, load_engine
 from tierline.scheduling.policy import Policy
 from tierline.scheduling.scheduler import Limits, Scheduler
@@ -43,7 +43,7 @@ class Instance:
     """Everything about an instance that does not change while it serves."""
 
     name: str
-    cost: StepCost
+    cost: Cost
     layout: CacheLayout
     pages_total: int
     limits: Limits
@@ -217,7 +217,7 @@ def instance_of(
 
 
 def build_instance(
-    cost: StepCost,
+    cost: Cost,
     *,
     name: str,
     block_tokens: int,
