@@ -62,13 +62,12 @@ _PRIOR = [0.0, *(log2(high / low) / log2(_LONGEST) for low, high in pairwise(_LO
 class _Histogram:
     """Lengths of one kind, and sums over them from each bucket to the last."""
 
-    __slots__ = ("added", "answers", "counts", "drawn_from", "shares", "tail", "tail_tokens")
+    __slots__ = ("added", "answers", "counts", "shares", "tail", "tail_tokens")
 
     def __init__(self) -> None:
         self.counts = [0] * _BUCKETS
         self.answers = 0
         self.added = 0  # since the sums were drawn
-        self.drawn_from: list[float] | None = None
         self.shares: list[float] = []  # of each bucket
         self.tail: list[float] = []  # tail[i]: shares of bucket i and all beyond
         self.tail_tokens: list[float] = []  # and shares times lengths
@@ -83,7 +82,7 @@ class _Histogram:
 
     def draw(self, base: list[float]) -> None:
         """Blend the counts with the shares of something more general, unless that is fresh."""
-        if self.drawn_from is base and self.added * _REFRESH <= self.answers:
+        if self.shares and self.added * _REFRESH <= self.answers:
             return
         scale = 1 / (self.answers + PRIOR_ANSWERS)
         self.shares = [
@@ -93,7 +92,7 @@ class _Histogram:
         self.tail = [0.0, *accumulate(backwards)][::-1]
         tokens = (s * m for s, m in zip(backwards, reversed(_MIDDLE), strict=True))
         self.tail_tokens = [0.0, *accumulate(tokens)][::-1]
-        self.drawn_from, self.added = base, 0
+        self.added = 0
 
     def beyond(self, tokens: int) -> tuple[float, float]:
         """Share of the answers longer than `tokens`, and that share times their mean length."""

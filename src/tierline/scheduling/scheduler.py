@@ -74,6 +74,50 @@ class Limits:
 class Scheduler:
     """Decides the steps of one instance."""
 
+    __slots__ = (
+        "_arrived",
+        "_batch_evicted",
+        "_block",
+        "_block_pages",
+        "_blocked",
+        "_blocked_epoch",
+        "_cut",
+        "_draining",
+        "_fair",
+        "_growth",
+        "_growth_total",
+        "_lengths",
+        "_low_pages",
+        "_now_ps",
+        "_padding",
+        "_plain",
+        "_promised_pages",
+        "_room",
+        "_saturating",
+        "_short",
+        "_sizer",
+        "_tiered",
+        "_windows",
+        "context_tokens",
+        "decoding",
+        "held_back",
+        "index",
+        "layout",
+        "limits",
+        "line",
+        "loading",
+        "names",
+        "note",
+        "pages",
+        "policy",
+        "preemptions",
+        "prefilling",
+        "queue",
+        "reload_ps",
+        "steps",
+        "tick",
+    )
+
     def __init__(
         self,
         *,
@@ -349,8 +393,11 @@ class Scheduler:
             step.padding = self._padding if step.decodes else 0
             self._draining = bool(step.decodes)
         index = self.index
-        step.transfers, index.outbox = index.outbox, []
-        step.hastened, index.hastened = index.hastened, []
+        step.transfers, step.hastened = index.outbox, index.hastened
+        if step.transfers:
+            index.outbox = []
+        if step.hastened:
+            index.hastened = []
         self.steps += 1
         step.number = self.steps
         alone = repeats_max == 1 or step.preempted or step.draft_tokens
@@ -410,7 +457,7 @@ class Scheduler:
     def _begun(self) -> list[Sequence]:
         """Prompts under way, in the order they are served."""
         begun = list(self.prefilling.values())
-        if self.policy.overtakes and len(begun) > 1:
+        if len(begun) > 1 and self.policy.overtakes:
             begun.sort(key=lambda s: (s.band, s.key, s.id))
         return begun
 
@@ -421,7 +468,6 @@ class Scheduler:
         slots = limits.sequences_max - self.running
         gathering = not (self._draining and self.decoding)
         at, opened, short = 0, gathering and not step.preempted, False
-        crowded = policy.owed_percent < 100 and self._somebody_on_time()
         if policy.longest_prefix_first_below and queue.waiting:
             self._reorder()
         while budget > 0:
@@ -431,7 +477,7 @@ class Scheduler:
                 opened = False  # whoever just gave way does not come back at once
                 continue
             if head is not None and (s is None or head[:3] < (s.band, s.key, s.id)):
-                most = self._owed_tokens(budget) if crowded and head[0] == OWED else budget
+                most = self._owed_tokens(budget) if head[0] == OWED else budget
                 tokens = self._admit(head, most, need, now_ps) if slots > 0 else None
                 if tokens is None:
                     victim = self._who_gives_way(head[0], begun[at:])
@@ -447,8 +493,9 @@ class Scheduler:
                 s = head[3]
                 if not tokens:
                     continue
+                grown = self._chunk_pages(s, tokens)
             elif s is not None:
-                most = self._owed_tokens(budget) if crowded and s.band == OWED else budget
+                most = self._owed_tokens(budget) if s.band == OWED else budget
                 tokens = min(s.target_tokens - s.cached_tokens, most, limits.chunk_tokens)
                 grown = self._chunk_pages(s, tokens)
                 if grown > self.pages.free - need:
@@ -467,7 +514,7 @@ class Scheduler:
                 at += 1
             else:
                 break
-            need += self._chunk_pages(s, tokens)
+            need += grown
             budget -= tokens
             step.chunks.append((s, tokens))
         self._short = short
@@ -522,9 +569,10 @@ class Scheduler:
         A refusal changes nothing.
         """
         s = head[3]
-        promise = self._promise(s, entering=True)
+        foreseen = not self.policy.foresees or head[0] > ON_TIME  # who is on time does not wait
+        promise = self._promise(s, entering=True) if foreseen else 0
         if s.parked_tokens:
-            if promise and not self._can_promise(head, promise):
+            if promise and not self._can_promise(promise):
                 return None
             return self._admit_parked(s, need, now_ps)
         found = device = loose = fetch = 0
@@ -535,7 +583,7 @@ class Scheduler:
         loose_pages = loose * self._block_pages
         if promise:
             promise += loose_pages + (fetch - found) * self._block_pages
-            if not self._can_promise(head, promise):
+            if not self._can_promise(promise):
                 return None
         if found > device:
             if fetch * self._block_pages + need > self._obtainable() - loose_pages:
@@ -680,11 +728,9 @@ class Scheduler:
             )
         return 0
 
-    def _can_promise(self, head: Entry, pages: int) -> bool:
-        """Whether everybody could still grow as far as is foreseen, were `head` let in."""
-        if not self.running or (self.policy.foresees and head[0] <= ON_TIME):
-            return True  # who can be on time does not wait for what may come
-        return self._promised_pages + pages <= self.pages.total
+    def _can_promise(self, pages: int) -> bool:
+        """Whether everybody could still grow as far as is foreseen, were one more let in."""
+        return not self.running or self._promised_pages + pages <= self.pages.total
 
     def _urgency(self, s: Sequence) -> tuple[int, int]:
         return (DEMAND, s.due_ps) if s.band <= ON_TIME else (DEMAND, FOREVER_PS)
@@ -756,6 +802,8 @@ class Scheduler:
 
     def _owed_tokens(self, budget: int) -> int:
         """What a prompt that is owed takes of a step beside those that can be on time."""
+        if self.policy.owed_percent >= 100 or not self._somebody_on_time():
+            return budget
         return min(max(budget * self.policy.owed_percent // 100, self.limits.chunk_grain), budget)
 
     def _who_gives_way(self, band: int, begun: list[Sequence]) -> Sequence | None:

@@ -175,8 +175,11 @@ class Fleet:
 
     def _decide(self, now_ps: int) -> None:
         awake = self._awake
-        waking = list(awake.values()) if len(awake) == 1 else [awake[n] for n in sorted(awake)]
-        awake.clear()
+        if len(awake) == 1:
+            waking = [awake.popitem()[1]]
+        else:
+            waking = [awake[n] for n in sorted(awake)]
+            awake.clear()
         for replica in waking:
             if replica.step is None and replica.alive:
                 replica.ask(now_ps)
