@@ -17,7 +17,7 @@ from tierline.planner.deploy import deployment_of
 from tierline.planner.finding import Candidate, Plan, Question
 from tierline.planner.load import Demand
 from tierline.planner.survive import knows_classes, loosest, survive
-from tierline.planner.traffic import traffic_of
+from tierline.planner.traffic import busy_rate, traffic_of
 from tierline.workload.importers import BLOCK_TOKENS
 from tierline.workload.profile import Lengths, Profile
 from tierline.workload.request import Request
@@ -104,9 +104,9 @@ def fleet_load(question: Question, profile: Profile) -> Load:
     arrivals = profile.arrivals
     if question.peak_rps is not None:
         peak = question.peak_rps
-        mean = peak * (arrivals.rate_rps / arrivals.by_minute.p95 if arrivals else 0.0)
+        mean = peak * (arrivals.rate_rps / busy_rate(arrivals) if arrivals else 0.0)
     elif arrivals is not None:
-        peak, mean = arrivals.by_minute.p95, arrivals.rate_rps
+        peak, mean = busy_rate(arrivals), arrivals.rate_rps
     else:
         raise InputError(
             f"{profile.source!r} carries no arrival times, so it has no rate",

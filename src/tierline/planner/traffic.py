@@ -20,7 +20,7 @@ from itertools import accumulate
 
 from tierline.planner.candidates import Load
 from tierline.workload.importers import BLOCK_TOKENS
-from tierline.workload.profile import Profile
+from tierline.workload.profile import Arrivals, Profile
 from tierline.workload.request import Request
 from tierline.workload.synthesis import synthesize
 
@@ -114,7 +114,7 @@ def traffic_of(
     traced = bool(requests) and profile.arrivals is not None
     if traced:
         assert profile.arrivals is not None
-        planned = load.rate_rps / profile.arrivals.by_minute.p95
+        planned = load.rate_rps / busy_rate(profile.arrivals)
         name = f"the trace, {len(requests):,} requests"
     else:
         # As many as ten minutes hold, so that the longest outputs are seen to their end.
@@ -133,6 +133,11 @@ def traffic_of(
         planned=planned,
         positions_max=positions_max,
     )
+
+
+def busy_rate(arrivals: Arrivals) -> float:
+    """The rate of a busy minute: one in twenty is busier. The mean, where most are empty."""
+    return arrivals.by_minute.p95 or arrivals.rate_rps
 
 
 def busy_requests(reader: Iterable[Request], profile: Profile) -> tuple[Request, ...]:
