@@ -540,7 +540,7 @@ class Replica:
     def _pause(self, preempted: list[Sequence], now_ps: int) -> None:
         for s in preempted:
             self._stop_of.pop(s.id, None)
-            if s.generated_tokens:
+            if s.first_ps >= 0:
                 self._paused.setdefault(s.id, now_ps)
                 self._worst[s.id] = max(self._worst.get(s.id, 0), self._since_joining(s))
 
