@@ -1,14 +1,15 @@
-"""A run measured request by request calibrates the law, and the law then predicts another run.
+"""A run measured request by request calibrates prices, and they then predict another run.
 
-The controls: without the scalars the same predictions miss, and scalars found on times that
-were stretched are stretched too.
+The controls: without the scalars the same predictions miss, without what attention costs
+beside prompts they miss as well, and scalars found on times that were stretched are larger.
 """
 
-import math
 from dataclasses import replace
 
 import pytest
 
+from tierline.catalog.gpus import load_gpu
+from tierline.perf.kernel_cost import KernelCost
 from tierline.planner.accuracy import report
 from tierline.planner.measured_files import read_measured
 from tierline.planner.measured_runs import (
@@ -27,19 +28,44 @@ def runs(data_dir):
     return read_measured(data_dir / FILE).runs
 
 
-@pytest.mark.slow
-def test_the_first_run_calibrates_and_the_other_is_predicted(runs):
-    (first_law, first), (other_law, other) = calibrate_and_predict(runs)
+@pytest.mark.parametrize("order", [(0, 1), (1, 0)], ids=["forth", "back"])
+def test_one_run_calibrates_and_the_other_is_predicted(runs, order):
+    (plain, itself), (other_plain, other) = calibrate_and_predict([runs[i] for i in order])
 
-    assert abs(other.ttft - 1) <= 0.06
-    assert abs(other.tpot - 1) <= 0.05
-    assert abs(first.ttft - 1) <= 0.06
-    assert abs(first.tpot - 1) <= 0.05
-    assert min(abs(o.ttft - 1) for o in (first_law, other_law)) > 0.06  # the control
-    assert other.calibration == first.calibration
+    assert plain.priced_by == other.priced_by == "kernels"
+    for found in (itself, other):
+        assert abs(found.ttft - 1) <= 0.06
+        assert abs(found.tpot - 1) <= 0.05
+    assert min(abs(o.ttft - 1) for o in (plain, other_plain)) > 0.06  # the control
+    assert other.calibration == itself.calibration
 
 
-@pytest.mark.slow
+def test_requests_fare_as_they_were_measured_one_by_one(runs):
+    _, (plain, other) = calibrate_and_predict(runs)
+
+    assert other.tpot_spread < 0.03 < plain.tpot_spread
+
+
+@pytest.mark.parametrize("missing", ["unpacked", "messages"])
+def test_mechanisms_of_whole_steps_are_needed(runs, missing, monkeypatch):
+    if missing == "unpacked":  # query heads packed beside prompts, too
+        packed = KernelCost._reads_s
+        monkeypatch.setattr(KernelCost, "_reads_s", lambda c, g: (packed(c, g)[0],) * 2)
+    else:  # a prompt of data-parallel ranks is shared by them
+        monkeypatch.setattr(KernelCost, "_prompt_token_s", lambda c: 0.0)
+    _, (_, other) = calibrate_and_predict(runs)
+
+    assert abs(other.ttft - 1) > 0.06 or abs(other.tpot - 1) > 0.05
+
+
+def test_a_run_on_an_accelerator_without_timings_is_priced_by_the_law(runs):
+    elsewhere = replace(runs[0], gpu=load_gpu("h100-sxm"))
+    found = calibrate_and_predict([runs[0], elsewhere])
+
+    assert [plain.priced_by for plain, _ in found] == ["kernels", "law"]
+    assert found[1][1] is None  # whose scalars are of another kind
+
+
 def test_the_report_counts_runs_and_takes_no_credit_for_the_fitted_one(data_dir, runs):
     found = report([data_dir / FILE])
 
@@ -54,10 +80,9 @@ def test_measured_means_are_over_requests(runs):
     assert tpot_mean_s(runs[1]) == pytest.approx(0.04729, abs=1e-5)
 
 
-@pytest.mark.slow
 def test_scalars_of_a_slower_run_are_larger(runs):
     run = replace(runs[0], requests=runs[0].requests[:100])
-    law = simulated(run)
+    plain = simulated(run)
     slow = replace(
         run,
         requests=tuple(
@@ -71,8 +96,8 @@ def test_scalars_of_a_slower_run_are_larger(runs):
     )
     usual, slower = calibrated(run), calibrated(slow)
 
-    assert law.calibration.layers == 1
-    assert math.log(slower.cache * slower.layers) > math.log(usual.cache * usual.layers) + 0.1
+    assert plain.calibration.kernel_s == 0
+    assert slower.kernel_s + slower.prompt_layer_s / 50 > usual.kernel_s + 2e-6
 
 
 def test_a_run_that_its_instance_cannot_hold_is_a_problem_and_no_traceback(tmp_path):

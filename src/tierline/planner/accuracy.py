@@ -222,7 +222,8 @@ def _runs(
             {
                 "name": law.run.name,
                 "requests": len(law.run.requests),
-                "law": {"ttft": law.ttft - 1, "tpot": law.tpot - 1},
+                "priced_by": law.priced_by,
+                "uncalibrated": {"ttft": law.ttft - 1, "tpot": law.tpot - 1},
                 "calibrated": after and {"ttft": after.ttft - 1, "tpot": after.tpot - 1},
                 "calibrated_on": after.calibration.source if after else None,
                 "fitted": not unseen,
@@ -319,7 +320,7 @@ def render_text(found: Mapping[str, Any]) -> str:
 
 
 def _run_line(run: Mapping[str, Any]) -> str:
-    """Errors of a run's mean TTFT and TPOT, by the law alone and with the first run's scalars."""
+    """Errors of a run's mean TTFT and TPOT, uncalibrated and with the first run's scalars."""
 
     def pair(errors: Mapping[str, float] | None) -> str:
         if errors is None:
@@ -328,8 +329,8 @@ def _run_line(run: Mapping[str, Any]) -> str:
 
     after = "calibrated on itself" if run["fitted"] else "calibrated on the first run"
     return (
-        f"\nrun {run['name']}, {run['requests']:,} requests, mean times: by the law"
-        f" {pair(run['law'])}; {after} {pair(run['calibrated'])}"
+        f"\nrun {run['name']}, {run['requests']:,} requests, mean times by {run['priced_by']}:"
+        f" uncalibrated {pair(run['uncalibrated'])}; {after} {pair(run['calibrated'])}"
     )
 
 
