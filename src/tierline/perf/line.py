@@ -80,14 +80,12 @@ class StepLine:
         "_bounded",
         "_bounded_pairs",
         "_cache_ps",
+        "_decodes_ps",
         "_mixed_cache_ps",
+        "_mixed_decodes_ps",
         "_mixed_pair_ps",
-        "_mixed_sequence_ps",
         "_pair_ps",
-        "_prefill_ps",
         "_prompt_token_ps",
-        "_sequences_ps",
-        "_state_ps",
         "_tokens_ps",
         "cost",
         "tokens_max",
@@ -104,9 +102,11 @@ class StepLine:
         self.cost = cost
         self.tokens_max = tokens_max
         self._tokens_ps = [round(layers * s) for s in terms.tokens_s]
-        self._sequences_ps = [round(scale * (s + fixed_s)) for s in terms.sequences_s]
+        state_ps = round(cache * terms.state_s)
+        self._decodes_ps = [
+            round(scale * (s + fixed_s)) + state_ps * n for n, s in enumerate(terms.sequences_s)
+        ]
         self._cache_ps = round(cache * terms.cache_s_per_token)
-        self._state_ps = round(cache * terms.state_s)
         self._bounded = [(limit, round(cache * s)) for limit, s in terms.bounded]
         # Twice the pairs of a chunk are a whole number, so the coefficient is per half pair.
         self._pair_ps = round(cache * terms.pair_s / 2)
@@ -114,10 +114,13 @@ class StepLine:
             (2 * limit, round(cache * s / 2)) for limit, s in terms.bounded_pairs
         ]
         prompt_s = terms.prefill_s + calibration.prompt_layer_s * cost.model.layers
-        self._prefill_ps = round(scale * prompt_s)
+        prefill_ps = round(scale * prompt_s)
+        mixed_ps = round(cache * terms.mixed_sequence_s)
+        self._mixed_decodes_ps = [
+            ps + prefill_ps + mixed_ps * n for n, ps in enumerate(self._decodes_ps)
+        ]
         self._prompt_token_ps = round(layers * terms.prompt_token_s)
-        self._mixed_cache_ps = round(cache * terms.mixed_cache_s_per_token)
-        self._mixed_sequence_ps = round(cache * terms.mixed_sequence_s)
+        self._mixed_cache_ps = self._cache_ps + round(cache * terms.mixed_cache_s_per_token)
         self._mixed_pair_ps = round(cache * terms.mixed_pair_s)
 
     def line(
@@ -133,17 +136,8 @@ class StepLine:
 
         `chunks` are (cached tokens before, prompt tokens) of every prompt in the step.
         """
-        tokens = (decodes + padding) * (1 + draft_tokens)
-        alpha = self._sequences_ps[decodes + padding]
-        alpha += self._cache_ps * context_tokens + self._state_ps * decodes
-        beta = self._cache_ps * decodes
-        for limit, token_ps in self._bounded:
-            most = limit * decodes
-            if context_tokens < most:
-                alpha += token_ps * context_tokens
-                beta += token_ps * decodes
-            else:
-                alpha += token_ps * most
+        slots = decodes + padding
+        tokens = slots * (1 + draft_tokens) if draft_tokens else slots
         if chunks:
             pairs = growth = prompt = 0
             for past, count in chunks:
@@ -151,10 +145,10 @@ class StepLine:
                 pairs += count * (2 * past + count)
                 growth += 2 * count * count
             tokens += prompt
-            alpha += self._prefill_ps + self._pair_ps * pairs
+            cache_ps, pair_ps = self._mixed_cache_ps, self._pair_ps
+            alpha = self._mixed_decodes_ps[slots] + cache_ps * context_tokens + pair_ps * pairs
             alpha += (self._prompt_token_ps + self._mixed_pair_ps * decodes) * prompt
-            alpha += self._mixed_cache_ps * context_tokens + self._mixed_sequence_ps * decodes
-            beta += self._pair_ps * growth + self._mixed_cache_ps * decodes
+            beta = cache_ps * decodes + pair_ps * growth
             for limit, pair_ps in self._bounded_pairs:
                 most = limit * prompt
                 if pairs < most:
@@ -162,6 +156,16 @@ class StepLine:
                     beta += pair_ps * growth
                 else:
                     alpha += pair_ps * most
+        else:
+            alpha = self._decodes_ps[slots] + self._cache_ps * context_tokens
+            beta = self._cache_ps * decodes
+        for limit, token_ps in self._bounded:
+            most = limit * decodes
+            if context_tokens < most:
+                alpha += token_ps * context_tokens
+                beta += token_ps * decodes
+            else:
+                alpha += token_ps * most
         return alpha + self._tokens_ps[tokens], beta
 
     @property
@@ -199,9 +203,7 @@ class StepLine:
         grain: int,
     ) -> int:
         """The most prompt tokens, a multiple of `grain`, of a step no longer than `target_ps`."""
-        base = self._sequences_ps[decodes] + self._state_ps * decodes + self._prefill_ps
-        base += (self._cache_ps + self._mixed_cache_ps) * context_tokens
-        base += self._mixed_sequence_ps * decodes
+        base = self._mixed_decodes_ps[decodes] + self._mixed_cache_ps * context_tokens
         each = self._prompt_token_ps + self._mixed_pair_ps * decodes
         for limit, token_ps in self._bounded:
             base += token_ps * min(context_tokens, limit * decodes)
@@ -230,9 +232,7 @@ class StepLine:
         self, *, chunk: int, decodes: int, context_tokens: int
     ) -> Callable[[int, int], int]:
         """(prompt tokens, cached tokens before) -> picoseconds, at one decode load and chunk."""
-        fixed = self._sequences_ps[decodes] + self._state_ps * decodes + self._prefill_ps
-        fixed += (self._cache_ps + self._mixed_cache_ps) * context_tokens
-        fixed += self._mixed_sequence_ps * decodes
+        fixed = self._mixed_decodes_ps[decodes] + self._mixed_cache_ps * context_tokens
         for limit, token_ps in self._bounded:
             fixed += token_ps * min(context_tokens, limit * decodes)
         tokens_ps, pair_ps, bounded = self._tokens_ps, self._pair_ps, self._bounded_pairs

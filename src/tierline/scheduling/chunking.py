@@ -16,12 +16,14 @@ Invariants
                  do, or steps without any would hardly be shorter
 """
 
+from functools import partial
 from heapq import heappop, heappush
 
 from tierline.base.clock import FOREVER_PS
 from tierline.perf.line import StepLine
 from tierline.scheduling.sequence import Sequence
 
+NEVER = FOREVER_PS, FOREVER_PS
 SAVED_STEPS = 3
 BEHIND_MAX = 2  # a stream that is further behind than so many tokens binds no more
 WORTH_SAVING = (
@@ -54,6 +56,11 @@ class ChunkSizer:
         self._gaps: dict[int, int] = {}  # ITL target -> streams that have it
         self._offsets: dict[int, int] = {}  # by stream with a TPOT target
         self._due: dict[int, list[tuple[int, int]]] = {}  # TPOT target -> heap of (offset, stream)
+
+    @property
+    def paces(self) -> bool:
+        """Whether anybody who runs has a TPOT target."""
+        return bool(self._offsets)
 
     @property
     def binds(self) -> bool:
@@ -92,24 +99,21 @@ class ChunkSizer:
         now_ps: int,
     ) -> int:
         """Prompt tokens for this step, at most `most`, if `wanted_tokens` were to be had."""
-
-        def fits(span_ps: int) -> int:
-            return line.chunk_for(
-                span_ps,
-                decodes=decodes,
-                context_tokens=context_tokens,
-                past_tokens=past_tokens,
-                tokens_max=most,
-                grain=self.grain,
-            )
-
         self.sized_for, self.saving, self.between_ps = past_tokens, False, 0
         least = min(self.tokens_min, most)
-        gap_ps = min(self._gaps, default=FOREVER_PS)
-        due_ps, pace_ps = self._next_due(tick, now_ps)
+        fits = partial(
+            line.chunk_for,
+            decodes=decodes,
+            context_tokens=context_tokens,
+            past_tokens=past_tokens,
+            tokens_max=most,
+            grain=self.grain,
+        )
+        due_ps, pace_ps = self._next_due(tick, now_ps) if self._due else NEVER
         if pace_ps == FOREVER_PS:
-            self.whole_tokens = max(fits(gap_ps), least) if self._gaps else most
+            self.whole_tokens = max(fits(min(self._gaps)), least) if self._gaps else most
             return self.whole_tokens
+        gap_ps = min(self._gaps, default=FOREVER_PS)
         alone_ps, _ = line.line(decodes, context_tokens)
         saved_ps = max(pace_ps - alone_ps, 0)
         reach_ps = min(gap_ps, pace_ps + SAVED_STEPS * saved_ps)
@@ -137,7 +141,7 @@ class ChunkSizer:
 
     def _next_due(self, tick: int, now_ps: int) -> tuple[int, int]:
         """(instant at which the next token is due, target of that stream) that binds most."""
-        tightest = FOREVER_PS, FOREVER_PS
+        tightest = NEVER
         for target, heap in list(self._due.items()):
             while heap:
                 offset, i = heap[0]

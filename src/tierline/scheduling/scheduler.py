@@ -88,6 +88,7 @@ class Scheduler:
         "_growth_total",
         "_lengths",
         "_low_pages",
+        "_most_tokens",
         "_now_ps",
         "_padding",
         "_plain",
@@ -97,6 +98,7 @@ class Scheduler:
         "_short",
         "_sizer",
         "_tiered",
+        "_unforeseen",
         "_windows",
         "context_tokens",
         "decoding",
@@ -171,6 +173,8 @@ class Scheduler:
         self._room = True  # the step has slots and budget to spare
         self._short = False  # a prompt under way could not grow
         self._promised_pages = 0  # that those who hold memory will hold at their ends
+        self._most_tokens = 0  # that they could reach
+        self._unforeseen: dict[int, Sequence] = {}  # of those, whom nobody has asked about yet
         self._lengths = LengthPredictor()
         self._now_ps = 0  # of the last call that said
         self._draining = False  # a gathered batch is being finished
@@ -185,9 +189,6 @@ class Scheduler:
         """
         self.require_fit(sequence)
         sequence.due_ps = deadline_or_patience(sequence.due_ps, sequence.arrival_ps)
-        sequence.prefill_ps = self.line.prefill_ps(
-            sequence.prompt_tokens, chunk=self.limits.chunk_tokens
-        )
         policy = self.policy
         sequence.band, sequence.key = policy.band(sequence), policy.key(sequence)
         if self._fair is not None:
@@ -330,8 +331,12 @@ class Scheduler:
         It is the time that a fair server would take to serve everybody who waits as much.
         """
         assert self._fair is not None
-        tokens = max(self._fair.lag_tokens(sequence.tenant) - self.policy.debt_free_tokens, 0)
-        return tokens * self._fair.tenants_waiting * (sequence.prefill_ps // sequence.prompt_tokens)
+        tokens = self._fair.lag_tokens(sequence.tenant) - self.policy.debt_free_tokens
+        if tokens <= 0:
+            return 0
+        prompt, chunk = sequence.prompt_tokens, self.limits.chunk_tokens
+        token_ps = self.line.prefill_ps(prompt, chunk=chunk) // prompt
+        return tokens * self._fair.tenants_waiting * token_ps
 
     def _woken(self, transfer: Transfer) -> bool:
         # Memory moved: a refused head may fit now, and a prompt that was short may grow.
@@ -406,7 +411,10 @@ class Scheduler:
 
     def _grow_running(self, step: Step, now_ps: int) -> int:
         """Pages that decoding sequences take in this step, after making room for them."""
-        need = self._tick_pages()
+        if self.limits.draft_tokens:
+            need = self._tick_pages()
+        else:
+            need = self._growth[self.tick % self._block]
         if self._tiered:
             self._write_back(need)
         if need <= self.pages.free:
@@ -437,12 +445,11 @@ class Scheduler:
         sizer.saving, sizer.between_ps, sizer.whole_tokens = False, 0, budget
         if not self.policy.adaptive_chunk or not sizer.binds:
             return budget
-        head = self.queue.head()
-        if not self.prefilling and head is None:
-            return budget
-        wanted = sum(s.target_tokens - s.cached_tokens for s in self.prefilling.values())
-        if head is not None:
-            wanted += head[3].target_tokens
+        wanted = 0
+        if sizer.paces:  # then it matters whether there is more to compute than fits at once
+            wanted = sum(s.target_tokens - s.cached_tokens for s in self.prefilling.values())
+            if (head := self.queue.head()) is not None:
+                wanted += head[3].target_tokens
         return sizer.size(
             self.line,
             budget,
@@ -569,8 +576,11 @@ class Scheduler:
         A refusal changes nothing.
         """
         s = head[3]
-        foreseen = not self.policy.foresees or head[0] > ON_TIME  # who is on time does not wait
-        promise = self._promise(s, entering=True) if foreseen else 0
+        looks_ahead = self.policy.reserves_output or (
+            # Who can be on time does not wait for what may come.
+            self.policy.foresees and head[0] > ON_TIME and not self._room_for_all(s)
+        )
+        promise = self._promise(s, entering=True) if looks_ahead else 0
         if s.parked_tokens:
             if promise and not self._can_promise(promise):
                 return None
@@ -708,8 +718,12 @@ class Scheduler:
         s = head[3]
         tokens = s.target_tokens + s.output_max_tokens - s.generated_tokens
         self.queue.take(head, tokens)
-        s.promised_pages = self._promise(s)
-        self._promised_pages += s.promised_pages
+        if self.policy.foresees:
+            self._unforeseen[s.id] = s  # until somebody asks how much all will hold
+            self._most_tokens += s.prompt_tokens + s.output_max_tokens
+        elif self.policy.reserves_output:
+            s.promised_pages = self._promise(s)
+            self._promised_pages += s.promised_pages
         if self._fair is not None and not s.preemptions:
             self._fair.serve(s.tenant, tokens)
 
@@ -728,9 +742,21 @@ class Scheduler:
             )
         return 0
 
+    def _room_for_all(self, s: Sequence) -> bool:
+        """Whether everybody fits even at the longest, with `s`: then nobody need be foreseen."""
+        tokens = self._most_tokens + s.prompt_tokens + s.output_max_tokens
+        blocks = tokens // self._block + self.running + 1
+        return self._plain and blocks * self._block_pages <= self.pages.total
+
     def _can_promise(self, pages: int) -> bool:
         """Whether everybody could still grow as far as is foreseen, were one more let in."""
-        return not self.running or self._promised_pages + pages <= self.pages.total
+        if not self.running:
+            return True
+        for s in self._unforeseen.values():
+            s.promised_pages = self._promise(s)
+            self._promised_pages += s.promised_pages
+        self._unforeseen.clear()
+        return self._promised_pages + pages <= self.pages.total
 
     def _urgency(self, s: Sequence) -> tuple[int, int]:
         return (DEMAND, s.due_ps) if s.band <= ON_TIME else (DEMAND, FOREVER_PS)
@@ -874,7 +900,11 @@ class Scheduler:
 
     def _give_back(self, s: Sequence) -> None:
         """All memory that `s` holds: its own pages, and its hold on shared runs."""
-        self._promised_pages -= s.promised_pages
+        if s.promised_pages or s.id in self._unforeseen:
+            self._unforeseen.pop(s.id, None)
+            self._promised_pages -= s.promised_pages
+            if self.policy.foresees:
+                self._most_tokens -= s.prompt_tokens + s.output_max_tokens
         s.promised_pages = 0
         self.pages.free += s.pages
         s.pages = s.duplicate_pages = 0

@@ -45,7 +45,6 @@ class Sequence:
         "parked_tokens",
         "pending",
         "preemptions",
-        "prefill_ps",
         "promised_pages",
         "prompt_tokens",
         "published_blocks",
@@ -101,7 +100,6 @@ class Sequence:
         self.pending = 0  # transfers it waits for
         self.parked_tokens = 0  # cached tokens that were moved to a lower tier
         self.parked_tier = 0
-        self.prefill_ps = 0  # predicted work of its prompt
         self.hit_tokens = 0  # of the prompt, found cached when it was first admitted
         self.loaded_tokens = 0  # of those, brought up from a lower tier
         self.preemptions = 0
