@@ -61,6 +61,7 @@ class Fleet:
         self.progress: Callable[[int], None] | None = None
         self._arrivals = arrivals
         self._coming: Sequence | None = None  # the next to arrive, once the run was stopped
+        self._last_ps = 0  # when something was done last
         self.heap: list[Event] = []  # what is due; replicas put their own events on it
         self._awake: dict[int, Replica] = {}
         self._serial = count()
@@ -124,14 +125,15 @@ class Fleet:
     # --- the loop ---------------------------------------------------------------------------
 
     def run(self, until_ps: int = FOREVER_PS) -> int:
-        """Until nothing is left to happen, or an instant; returns the last instant.
+        """Until nothing is left to happen, or an instant; returns when something was done last.
 
-        When every request has ended, operators act no more.
+        When every request has ended, operators act no more.  Bytes that still move then, and
+        the ends of steps that were cut, are nothing that anybody waits for.
         """
         heap, replicas, awake = self.heap, self.replicas, self._awake
         coming = self._coming or next(self._arrivals, None)
         arrival_ps = coming.arrival_ps if coming is not None else FOREVER_PS
-        arrived = 0
+        arrived, last_ps = 0, self._last_ps
         while True:
             if heap and heap[0][0] <= arrival_ps:
                 if heap[0][0] > until_ps:
@@ -141,18 +143,20 @@ class Fleet:
                     self.now_ps = now_ps
                 if rank == CONTROL:
                     if self.left:
+                        last_ps = now_ps
                         payload[0](now_ps, *payload[1])
                 elif rank == LINK_DONE:
                     replicas[number].link_done(payload, version, now_ps)
                 else:
                     replica = replicas[number]
                     if replica.step_done(version, now_ps):
+                        last_ps = now_ps
                         if not awake and arrival_ps > now_ps and heap and heap[0][0] > now_ps:
                             replica.ask(now_ps)  # nothing else is due: no need to wait
                             continue
                         awake[number] = replica
             elif coming is not None and arrival_ps <= until_ps:
-                self.now_ps = now_ps = arrival_ps
+                self.now_ps = now_ps = last_ps = arrival_ps
                 self.arrive(coming)
                 arrived += 1
                 if self.progress is not None and not arrived & 1023:
@@ -163,8 +167,8 @@ class Fleet:
                 break
             if awake and arrival_ps > now_ps and not (heap and heap[0][0] <= now_ps):
                 self._decide(now_ps)
-        self._coming = coming
-        return self.now_ps
+        self._coming, self._last_ps = coming, last_ps
+        return last_ps
 
     def next_ps(self) -> int:
         """When something happens next, after a run was stopped; FOREVER_PS: nothing."""
