@@ -31,7 +31,7 @@ from math import ceil, log2
 PRIOR_ANSWERS = 4
 HALVE_AT = 4096  # answers of one kind; from then on the last few thousand decide
 KINDS_MAX = 512  # later ones are not told apart, so that a million tenants cost no more
-_REFRESH = 4  # sums may be a quarter behind
+_REFRESH = 8  # sums may be an eighth behind
 
 _EXACT, _PER_OCTAVE, _LONGEST = 16, 8, 1 << 20
 
@@ -144,7 +144,7 @@ class LengthPredictor:
         return min(max(_LOW[i] - 1 + ceil(into) - generated, 1), at_most - generated)
 
     def _drawn(self, kind: Kind) -> _Histogram:
-        """The histogram of a kind, its sums at most a quarter behind."""
+        """The histogram of a kind, its sums at most an eighth behind."""
         self._all.draw(_PRIOR)
         histogram = self._kinds.get(kind)
         if histogram is None:
