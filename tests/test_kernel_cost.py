@@ -1,6 +1,8 @@
 """Steps can be priced by the kernels they launch, and such prices move as kernels do."""
 
 import math
+import sys
+from pathlib import Path
 
 import pytest
 
@@ -10,6 +12,9 @@ from tierline.catalog.models import load_model
 from tierline.perf.kernel_cost import KernelCost, step_facts, timed_gpus
 from tierline.perf.line import Calibration, StepLine
 from tierline.perf.step import Layout
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tools"))
+import fit_kernel_steps
 
 DENSE, EXPERTS = "llama-3.1-8b", "qwen3-30b-a3b"
 
@@ -114,3 +119,27 @@ def test_facts_are_physical_and_say_how_well_they_fit():
         assert facts.expert_tflops * 1e12 <= gpu.flops_per_s["bf16"]
         assert all(0 < p50 < p90 < 1 for p50, p90 in facts.errors.values())
         assert math.isfinite(cost(gpu=name).evidence.high)
+
+
+def test_shipped_facts_are_what_the_timings_give(data_dir):
+    tables = fit_kernel_steps.read(data_dir / "kernels_llmservingsim.csv.gz")
+    for name, layers in tables.items():
+        shipped = step_facts(load_gpu(fit_kernel_steps.GPUS[name]))
+        for fitted in (fit_kernel_steps.fit_mixed, fit_kernel_steps.fit_sampler):
+            for key, value in fitted(layers)[0].items():
+                assert getattr(shipped, key) == pytest.approx(value, rel=1e-3), key
+
+
+def test_decode_attention_agrees_with_timings_of_every_model_and_degree(data_dir):
+    layers = fit_kernel_steps.read(data_dir / "kernels_llmservingsim.csv.gz")["RTXPRO6000"]
+    of, ratios = step_facts(load_gpu("rtxpro6000se")), []
+    for rows, _, kv, size in fit_kernel_steps._shapes(layers):
+        for new, _, decodes, cached, us in rows:
+            if new == 0 and decodes in (32, 128) and cached in (512, 1024, 2048):
+                moved = decodes * cached * kv * 2 * size * 2 / 1e3
+                small = of.decode_start_us + moved / of.decode_small_gb_per_s
+                ratios.append(min(small, of.decode_ramp_us + moved / of.decode_gb_per_s) / us)
+
+    assert len(ratios) == 36
+    assert max(abs(math.log(r)) for r in ratios) < 0.2
+    assert sum(abs(math.log(r)) for r in ratios) / len(ratios) < 0.05
