@@ -9,7 +9,7 @@ down to the pessimistic edge.
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 from tierline.base.clock import PS_PER_NS, PS_PER_S
@@ -31,7 +31,7 @@ from tierline.workload.slo import ServiceLevel
 BLOCK_TOKENS = 16
 HITS_MIN = 0.01  # of prompt tokens; fewer are not worth routing for
 OURS, PLAIN = "tierline", "fcfs"  # the policies that are compared
-CHECKS = 40  # how often a replay is asked whether it is hopeless
+CHECKS = 100  # how often a replay is asked whether it is hopeless
 DRAIN_FACTOR = 3  # a fleet that keeps its promises never serves this many times the mean rate
 
 
@@ -124,9 +124,10 @@ def _gives_up(stretch: Stretch, levels: Sequence[ServiceLevel]) -> Callable[[Fle
 
     def prepare(fleet: Fleet) -> None:
         late = _Late(fleet, levels)
-        fleet.on_end = late.count
+        fleet.on_end = late.finished
 
-        def check(_now_ps: int) -> None:
+        def check(now_ps: int) -> None:
+            late.overdue(now_ps)
             if sum(r.scheduler.queue.waiting for r in fleet.replicas) > waiting_max:
                 raise _HopelessError("requests pile up faster than they are served")
 
@@ -140,29 +141,54 @@ class _Late:
     """First tokens after their limit, by promise, until one promise is broken for good."""
 
     def __init__(self, fleet: Fleet, levels: Sequence[ServiceLevel]) -> None:
-        ranked = sorted(levels, key=lambda level: -level.priority)
-        self._of = fleet.requests.level
-        self._watched: dict[int, list[tuple[int, str]]] = {}  # class -> (limit, what broke)
-        self._left: dict[tuple[int, int], int] = {}  # how many more may be late
-        for number, level in enumerate(ranked):
+        self._fleet, self._of = fleet, fleet.requests.level
+        self._watched: dict[int, list[_Watched]] = {}
+        for number, level in enumerate(sorted(levels, key=lambda level: -level.priority)):
             members = self._of.count(number)
             for target in level.targets:
                 if target.metric == "ttft" and members:
-                    limit_ps = target.limit_ns * PS_PER_NS
-                    may = members - max(math.ceil(target.percentile * members / 100 - 1e-9), 1)
-                    said = f"{target.text} for {level.name} is missed by more than {may:,} requests"
-                    self._watched.setdefault(number, []).append((limit_ps, said))
-                    self._left[number, limit_ps] = min(may, self._left.get((number, limit_ps), may))
+                    kept = max(math.ceil(target.percentile * members / 100 - 1e-9), 1)
+                    said = f"{target.text} for {level.name} is missed by more than "
+                    watched = _Watched(
+                        limit_ps=target.limit_ns * PS_PER_NS,
+                        may=members - kept,
+                        said=f"{said}{members - kept:,} requests",
+                    )
+                    self._watched.setdefault(number, []).append(watched)
 
-    def count(self, replica: Replica, sequence: Served, _now_ps: int) -> None:
+    def finished(self, replica: Replica, sequence: Served, _now_ps: int) -> None:
         """A request has its last token."""
-        number = self._of[sequence.id]
         ttft_ps = sequence.first_ps + replica.host_ps - sequence.arrival_ps
-        for limit_ps, said in self._watched.get(number, ()):
-            if ttft_ps > limit_ps:
-                self._left[number, limit_ps] -= 1
-                if self._left[number, limit_ps] < 0:
-                    raise _HopelessError(said)
+        for watched in self._watched.get(self._of[sequence.id], ()):
+            if ttft_ps > watched.limit_ps:
+                watched.late += 1
+                if watched.late > watched.may:
+                    raise _HopelessError(watched.said)
+
+    def overdue(self, now_ps: int) -> None:
+        """Those who are still here count, too, once they are late."""
+        everybody = [w for watched in self._watched.values() for w in watched]
+        for watched in everybody:
+            watched.overdue = 0
+        for replica in self._fleet.replicas:
+            for s in replica.sequences.values():
+                told_ps = s.first_ps if s.generated_tokens else now_ps
+                for watched in self._watched.get(self._of[s.id], ()):
+                    watched.overdue += told_ps - s.arrival_ps > watched.limit_ps
+        for watched in everybody:
+            if watched.late + watched.overdue > watched.may:
+                raise _HopelessError(watched.said)
+
+
+@dataclass(slots=True, kw_only=True)
+class _Watched:
+    """A limit on first tokens of a class."""
+
+    limit_ps: int
+    may: int  # be late
+    said: str  # when more are
+    late: int = 0  # among the finished
+    overdue: int = 0  # among those who are still here
 
 
 # --- judging --------------------------------------------------------------------------------
