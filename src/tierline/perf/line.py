@@ -87,6 +87,7 @@ class StepLine:
         "_pair_ps",
         "_prompt_token_ps",
         "_tokens_ps",
+        "bends",
         "cost",
         "tokens_max",
     )
@@ -121,6 +122,8 @@ class StepLine:
         ]
         self._prompt_token_ps = round(layers * terms.prompt_token_s)
         self._mixed_cache_ps = self._cache_ps + round(cache * terms.mixed_cache_s_per_token)
+        # Whether some windows saturate, so that the line may change under way.
+        self.bends = bool(self._bounded or self._bounded_pairs)
         self._mixed_pair_ps = round(cache * terms.mixed_pair_s)
 
     def line(
@@ -167,11 +170,6 @@ class StepLine:
             else:
                 alpha += token_ps * most
         return alpha + self._tokens_ps[tokens], beta
-
-    @property
-    def bends(self) -> bool:
-        """Whether some windows saturate, so that the line may change under way."""
-        return bool(self._bounded or self._bounded_pairs)
 
     def linear_steps(
         self, decodes: int, context_tokens: int, chunks: Seq[tuple[int, int]] = ()

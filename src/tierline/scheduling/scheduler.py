@@ -453,7 +453,7 @@ class Scheduler:
         return sizer.size(
             self.line,
             budget,
-            past_tokens=self._begun()[0].cached_tokens if self.prefilling else 0,
+            past_tokens=self._first_begun().cached_tokens if self.prefilling else 0,
             wanted_tokens=wanted,
             decodes=decodes,
             context_tokens=self.context_tokens,
@@ -467,6 +467,12 @@ class Scheduler:
         if len(begun) > 1 and self.policy.overtakes:
             begun.sort(key=lambda s: (s.band, s.key, s.id))
         return begun
+
+    def _first_begun(self) -> Sequence:
+        """The prompt under way that is served first."""
+        if len(self.prefilling) > 1:
+            return self._begun()[0]
+        return next(iter(self.prefilling.values()))
 
     def _fill(self, step: Step, budget: int, need: int, now_ps: int) -> int:
         """Prompt tokens for this step: prompts under way and the queue, merged in order."""
@@ -944,7 +950,7 @@ class Scheduler:
         repeats = min(most, (s.target_tokens - s.cached_tokens) // tokens)
         if s.band == OWED and self.policy.owed_percent < 100:
             return 1  # how much it takes hangs on who else is here
-        if repeats <= 1 or self._begun()[0] is not s:
+        if repeats <= 1 or self._first_begun() is not s:
             return 1
         blocked = self._blocked
         if blocked is not None and _share_a_prefix(blocked, s):

@@ -30,12 +30,20 @@ def too_late(
     their deadline, at the rate of `chunk` tokens a step beside the decodes, with `between_ps`
     from one such step to the next."""
     rate = line.prefill_rate(chunk=chunk, decodes=decodes, context_tokens=context_tokens)
-    end_ps = now_ps
-    kept: list[tuple[int, int, Sequence, int]] = []
-    late: list[Sequence] = []
+    end_ps, on_time = now_ps, True
+    work: list[tuple[Sequence, int]] = []
     for job in sorted(jobs, key=lambda s: (s.due_ps + s.debt_ps, s.id)):
         tokens = job.target_tokens - job.cached_tokens
         work_ps = rate(tokens, job.cached_tokens) + between_ps * tokens // chunk
+        end_ps += work_ps
+        on_time = on_time and end_ps <= job.due_ps
+        work.append((job, work_ps))
+    if on_time:  # mostly
+        return []
+    end_ps = now_ps
+    kept: list[tuple[int, int, Sequence, int]] = []
+    late: list[Sequence] = []
+    for job, work_ps in work:
         end_ps += work_ps
         heappush(kept, (-work_ps - job.debt_ps, job.id, job, work_ps))
         if end_ps > job.due_ps:

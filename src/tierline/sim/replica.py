@@ -130,6 +130,46 @@ class Speculation:
 class Replica:
     """One instance in a fleet."""
 
+    __slots__ = (
+        "_alpha",
+        "_beta",
+        "_doomed",
+        "_end_ps",
+        "_gap_ps",
+        "_gaps",
+        "_link_versions",
+        "_paused",
+        "_skipped",
+        "_start_ps",
+        "_stop_of",
+        "_stops",
+        "_version",
+        "_worst",
+        "accepting",
+        "alive",
+        "decodes_only",
+        "fleet",
+        "host_ps",
+        "line",
+        "line_at",
+        "links",
+        "model",
+        "number",
+        "prompt_tokens_queued",
+        "repeats",
+        "requests_outstanding",
+        "scheduler",
+        "sequences",
+        "speculation",
+        "speed_permille",
+        "step",
+        "tokens_committed",
+        "totals",
+        "twin",
+        "up_since_ps",
+        "wait_steps",
+    )
+
     def __init__(
         self,
         number: int,
@@ -419,7 +459,8 @@ class Replica:
         if repeats > 1 and line.bends:
             repeats = min(repeats, line.linear_steps(step.decodes, step.context_tokens, prompts))
         self.step, self._start_ps, self._alpha, self._beta = step, now_ps + stall_ps, alpha, beta
-        self._stand_still(stall_ps)
+        if stall_ps or self._gap_ps:
+            self._stand_still(stall_ps)
         self._plan(repeats)
 
     def _plan(self, repeats: int) -> None:
@@ -502,8 +543,8 @@ class Replica:
         totals.events += 1
         totals.steps += repeats
         totals.busy_ps += now_ps - self._start_ps
-        if step.chunks:
-            totals.prefill_tokens += repeats * step.prefill_tokens
+        for _, tokens in step.chunks:
+            totals.prefill_tokens += repeats * tokens
         totals.decode_tokens += repeats * step.decodes
 
     def _note_gap(self, tick: int, repeats: int) -> None:
