@@ -661,7 +661,7 @@ def survive_replay(view: View) -> tuple[Finding, ...]:
                 "load": f"{_rate(view.load.rate_rps)} x {view.question.safety:g} safety",
                 "policy": last.policy,
                 "every step takes": f"x {last.slowdown:g} (pessimistic edge)",
-                "output lengths": "as in the trace, unknown to the scheduler in advance",
+                "output lengths": "as in the trace, each the token limit of its request",
                 "engine": f"{best.instance.engine.name}: {best.instance.engine.host_s * 1e3:g} ms "
                 f"a first token, seen after up to {best.instance.engine.wait_steps:g} steps",
                 "prompt tokens found cached": f"{last.hit_share:.1%} (closed form: "
