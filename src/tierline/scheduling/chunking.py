@@ -39,6 +39,7 @@ class ChunkSizer:
         "_due",
         "_gaps",
         "_offsets",
+        "_paces",
         "between_ps",
         "grain",
         "saving",
@@ -54,6 +55,7 @@ class ChunkSizer:
         self.whole_tokens = 0  # a chunk in the long run, and the time between two of them
         self.between_ps = 0
         self._gaps: dict[int, int] = {}  # ITL target -> streams that have it
+        self._paces: dict[int, int] = {}  # TPOT target -> streams that have it
         self._offsets: dict[int, int] = {}  # by stream with a TPOT target
         self._due: dict[int, list[tuple[int, int]]] = {}  # TPOT target -> heap of (offset, stream)
 
@@ -72,6 +74,7 @@ class ChunkSizer:
         if s.itl_ps < FOREVER_PS:
             self._gaps[s.itl_ps] = self._gaps.get(s.itl_ps, 0) + 1
         if s.tpot_ps < FOREVER_PS:
+            self._paces[s.tpot_ps] = self._paces.get(s.tpot_ps, 0) + 1
             offset = s.first_ps + s.tpot_ps * (s.generated_tokens - 1 - tick)
             self._offsets[s.id] = offset
             heappush(self._due.setdefault(s.tpot_ps, []), (offset, s.id))
@@ -84,6 +87,12 @@ class ChunkSizer:
                 self._gaps[s.itl_ps] = left
             else:
                 del self._gaps[s.itl_ps]
+        if s.tpot_ps < FOREVER_PS:
+            left = self._paces[s.tpot_ps] - 1
+            if left:
+                self._paces[s.tpot_ps] = left
+            else:
+                del self._paces[s.tpot_ps]
         self._offsets.pop(s.id, None)
 
     def size(
@@ -129,6 +138,28 @@ class ChunkSizer:
             self.saving = True
             return 0
         return max(fits(min(pace_ps, gap_ps)), least)
+
+    def rhythm(
+        self, line: StepLine, most: int, *, decodes: int, context_tokens: int
+    ) -> tuple[int, int]:
+        """(prompt tokens of a step in the long run, picoseconds between two such steps)."""
+        fits = partial(
+            line.chunk_for,
+            decodes=decodes,
+            context_tokens=context_tokens,
+            past_tokens=0,
+            tokens_max=most,
+            grain=self.grain,
+        )
+        least = min(self.tokens_min, most)
+        gap_ps, pace_ps = (min(t, default=FOREVER_PS) for t in (self._gaps, self._paces))
+        alone_ps, _ = line.line(decodes, context_tokens)
+        saved_ps = pace_ps - alone_ps
+        if pace_ps == FOREVER_PS or alone_ps * WORTH_SAVING[1] >= pace_ps * WORTH_SAVING[0]:
+            return max(fits(min(gap_ps, pace_ps)), least), 0
+        whole = max(fits(min(gap_ps, pace_ps + SAVED_STEPS * saved_ps)), least)
+        over_ps = line.line(decodes, context_tokens, [(0, whole)])[0] - pace_ps
+        return whole, max(over_ps, 0) * alone_ps // saved_ps
 
     def holds_for(self, alpha: int, beta: int, tokens: int, past_tokens: int) -> int:
         """For how many repeats of alpha, alpha + beta, ... picoseconds the size stays right."""

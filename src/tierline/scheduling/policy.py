@@ -105,6 +105,7 @@ class Policy:
     adaptive_chunk: bool = False  # sizes prompt chunks by the tightest ITL target
     gives_way: bool = False  # background decodes leave for a waiting prompt that is not
     foresees: bool = False  # background enters only if all that is here could end here
+    refuses: bool = False  # turns away who would be too late, instead of serving it last
     swaps: bool = False  # preempted work may park in DRAM instead of being recomputed
     floors_percent: tuple[int, int, int] = (0, 0, 0)  # guaranteed share of token service, by band
     owed_percent: int = 100  # of a step's prompt tokens, for who is below that, beside the others

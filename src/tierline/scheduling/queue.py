@@ -31,18 +31,20 @@ from tierline.scheduling.sequence import (
     Sequence,
 )
 
+SAMPLE = 128  # of those that wait, when somebody asks who would be before a newcomer
 Entry = tuple[int, Any, int, Sequence]
 
 
 class Lane:
     """One heap of waiting sequences."""
 
-    __slots__ = ("credit", "floor_percent", "heap", "largest_tokens")
+    __slots__ = ("credit", "floor_percent", "heap", "largest_tokens", "tokens")
 
     def __init__(self, floor_percent: int = 0) -> None:
         self.floor_percent = floor_percent
         self.credit = 0  # percent x tokens; positive: owed
         self.largest_tokens = 0  # request that was served
+        self.tokens = 0  # to be computed of all prompts that wait
         self.heap: list[Entry] = []
 
 
@@ -67,6 +69,7 @@ class WaitingLine:
         lane = self._lanes[sequence.band]
         entry = (sequence.band, sequence.key, sequence.id, sequence)
         heappush(lane.heap, entry)
+        lane.tokens += sequence.target_tokens
         return lane.heap[0] is entry
 
     def head(self) -> Entry | None:
@@ -89,6 +92,7 @@ class WaitingLine:
         entry = heappop(lane.heap)
         assert entry[3] is head[3], "took somebody who was not first"
         self.waiting -= 1
+        lane.tokens -= entry[3].target_tokens
         entry[3].band = head[0]  # who was owed stays owed until done
         if not self._floors:
             return
@@ -112,12 +116,14 @@ class WaitingLine:
         while (entry := self._top(lane)) is not None and entry[1] < before_ps:
             heappop(lane.heap)
             entry[3].band = ON_TIME
+            self._move(entry[3], lane, self._lanes[ON_TIME])
             heappush(self._lanes[ON_TIME].heap, (ON_TIME, *entry[1:]))
 
     def step_back(self, late: list[Sequence]) -> None:
         """Move waiting sequences behind all that can still be on time."""
         for sequence in late:
             sequence.band = LATE
+            self._move(sequence, self._lanes[ON_TIME], self._lanes[LATE])
             sequence.key = sequence.arrival_ps + sequence.debt_ps
             heappush(self._lanes[LATE].heap, (LATE, sequence.key, sequence.id, sequence))
         lane = self._lanes[ON_TIME]
@@ -137,6 +143,23 @@ class WaitingLine:
         assert sequence.state == WAITING
         sequence.state = DONE
         self.waiting -= 1
+        self._lanes[sequence.band].tokens -= sequence.target_tokens
+
+    def before(self, band: int, key: Any) -> tuple[int, int]:
+        """(prompt tokens, prompts) that wait and go before somebody who would come now.
+
+        Of a long lane a sample is looked at.
+        """
+        tokens = sum(lane.tokens for lane in self._lanes[:band])
+        prompts = sum(len(lane.heap) for lane in self._lanes[:band])
+        lane = self._lanes[band]
+        stride = len(lane.heap) // SAMPLE + 1
+        sample = lane.heap[::stride]
+        first = [e[3].target_tokens for e in sample if e[1] <= key]
+        if stride == 1:
+            return tokens + sum(first), prompts + len(first)
+        in_all = sum(e[3].target_tokens for e in sample)
+        return tokens + lane.tokens * sum(first) // in_all, prompts + stride * len(first)
 
     def everybody(self) -> list[Sequence]:
         """Who waits, in no particular order."""
@@ -146,6 +169,12 @@ class WaitingLine:
         """Assert INV-SCHED-3."""
         waiting = self.everybody()
         assert len(waiting) == self.waiting == len({s.id for s in waiting})
+        for band, lane in enumerate(self._lanes):
+            assert lane.tokens == sum(s.target_tokens for s in waiting if s.band == band)
+
+    def _move(self, sequence: Sequence, above: Lane, below: Lane) -> None:
+        above.tokens -= sequence.target_tokens
+        below.tokens += sequence.target_tokens
 
     def _top(self, lane: Lane) -> Entry | None:
         heap = lane.heap

@@ -188,22 +188,52 @@ class Scheduler:
         Raises `DoesNotFitError` for a request that could never run here.
         """
         self.require_fit(sequence)
-        sequence.due_ps = deadline_or_patience(sequence.due_ps, sequence.arrival_ps)
-        policy = self.policy
-        sequence.band, sequence.key = policy.band(sequence), policy.key(sequence)
+        self.place(sequence)
         if self._fair is not None:
-            sequence.debt_ps = self._debt_ps(sequence)
-            sequence.key += sequence.debt_ps
             self._fair.charge(sequence.tenant, sequence.prompt_tokens + sequence.output_max_tokens)
         first = self.queue.push(sequence)
         self._arrived = True
-        if policy.sheds or policy.longest_prefix_first_below:
+        if self.policy.sheds or self.policy.longest_prefix_first_below:
             return True  # both look at everybody who waits
         if self._room and self._blocked is None:
             return True
         # Behind everybody nothing can change; a new head asks for itself.  By arrival it can
         # only be before others when it comes back from a replica that died.
-        return first and (policy.key is not by_arrival or self.queue.waiting > 1)
+        return first and (self.policy.key is not by_arrival or self.queue.waiting > 1)
+
+    def place(self, sequence: Sequence) -> None:
+        """Give a request its place in the order, as of now."""
+        policy = self.policy
+        sequence.due_ps = deadline_or_patience(sequence.due_ps, sequence.arrival_ps)
+        sequence.band, sequence.key = policy.band(sequence), policy.key(sequence)
+        if self._fair is not None:
+            sequence.debt_ps = self._debt_ps(sequence)
+            sequence.key += sequence.debt_ps
+
+    def work_before(self, s: Sequence, computed: dict[int, int]) -> tuple[int, int]:
+        """(prompt tokens, prompts) that go before `s` if it came now.
+
+        `computed` are prompt tokens, by sequence, that are not accounted for yet.
+        """
+        tokens, prompts = self.queue.before(s.band, s.key)
+        for other in self.prefilling.values():
+            if not self.policy.overtakes or (other.band, other.key) <= (s.band, s.key):
+                tokens += other.target_tokens - other.cached_tokens - computed.get(other.id, 0)
+                prompts += 1
+        return tokens, prompts
+
+    def rhythm(self, context_tokens: int) -> tuple[int, int]:
+        """(prompt tokens of a step in the long run, picoseconds between two such steps)."""
+        limits, decodes = self.limits, len(self.decoding)
+        most = limits.batch_tokens
+        if self.policy.mixes:
+            most = max(most - decodes * (1 + limits.draft_tokens), limits.chunk_grain)
+        if not (self.policy.adaptive_chunk and self._sizer.binds):
+            return most, 0
+        tokens, between_ps = self._sizer.rhythm(
+            self.line, most, decodes=decodes, context_tokens=context_tokens
+        )
+        return max(tokens, limits.chunk_grain), between_ps
 
     def landed(self, transfer: Transfer) -> bool:
         """A transfer is done. True: the step under way should not be repeated further."""

@@ -198,7 +198,7 @@ class Fleet:
             self.homeless.append(sequence)
             return
         replica = self._roomy(sequence, self.replicas[number])
-        if replica is None:
+        if replica is None or replica.refuses(sequence, self.now_ps):
             self.requests.outcome[sequence.id] = REFUSED
             self.left -= 1
             return

@@ -21,6 +21,7 @@ from tierline.base.errors import DoesNotFitError
 from tierline.kv.link import Link
 from tierline.kv.transfer import DEMAND, DEVICE, Transfer
 from tierline.perf.line import StepLine, steps_before
+from tierline.scheduling.admission import Admission, Refuse
 from tierline.scheduling.scheduler import Scheduler
 from tierline.scheduling.sequence import Sequence
 from tierline.scheduling.step import Step
@@ -212,6 +213,7 @@ class Replica:
         self._skipped: dict[int, int] = {}  # stood still before these joined, since the last tick
         self._doomed = 0  # transfers to come that will not arrive
         self.sequences: dict[int, Sequence] = {}  # everybody who is here
+        self.admission = Admission(scheduler) if scheduler.policy.refuses else None
         chunk = scheduler.limits.chunk_tokens
         # Prompt tokens a second, in thousandths of a reference of 10,000 tokens a second.
         self.speed_permille = max(chunk * PS_PER_S // (10 * line.line(0, 0, [(0, chunk)])[0]), 1)
@@ -272,6 +274,22 @@ class Replica:
         except DoesNotFitError:
             return False
         return True
+
+    def refuses(self, sequence: Sequence, now_ps: int) -> bool:
+        """Whether a request is turned away because its first token would come too late."""
+        if self.admission is None:
+            return False
+        answer = self.admission.answer(
+            sequence,
+            now_ps,
+            cached_tokens=self.cached_tokens(sequence),
+            step=self.step,
+            done=self._ended(now_ps) if self.step is not None else 0,
+        )
+        if isinstance(answer, Refuse):
+            self.admission.forget(sequence)
+            return True
+        return False
 
     # --- what happens to it -----------------------------------------------------------------
 
@@ -342,6 +360,7 @@ class Replica:
         if empty.scheduler.reload_ps is not None:
             empty.scheduler.reload_ps = self.reload_ps
         self.scheduler, self.line, self.links = empty.scheduler, empty.line, empty.links
+        self.admission = empty.admission
         for way in self._link_versions:
             self._link_versions[way] += 1
         self.sequences, self._stop_of, self._paused, self._worst = {}, {}, {}, {}
@@ -532,6 +551,8 @@ class Replica:
             self._worst[s.id] = max(self._worst.get(s.id, 0), gap)
         else:
             self.prompt_tokens_queued -= s.prompt_tokens
+            if self.admission is not None:
+                self.admission.first_token(s, now_ps)
         if left > 0 and s.id in self.scheduler.decoding:
             self._stop_of[s.id] = tick + left
             heappush(self._stops, (tick + left, s.id))
