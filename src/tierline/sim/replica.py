@@ -147,6 +147,7 @@ class Replica:
         "_version",
         "_worst",
         "accepting",
+        "admission",
         "alive",
         "decodes_only",
         "fleet",
@@ -480,15 +481,21 @@ class Replica:
         self.step, self._start_ps, self._alpha, self._beta = step, now_ps + stall_ps, alpha, beta
         if stall_ps or self._gap_ps:
             self._stand_still(stall_ps)
-        self._plan(repeats)
+        self.repeats = repeats
+        end_ps = now_ps + stall_ps + alpha if repeats == 1 else self._end_of(repeats)
+        self._version += 1
+        heappush(self.fleet.heap, (end_ps, STEP_DONE, self.number, self._version, None))
 
     def _plan(self, repeats: int) -> None:
+        """The step under way is done so often, and then ends."""
         self.repeats = repeats
-        self._end_ps = (
-            self._start_ps + repeats * self._alpha + self._beta * (repeats * (repeats - 1) // 2)
-        )
         self._version += 1
-        heappush(self.fleet.heap, (self._end_ps, STEP_DONE, self.number, self._version, None))
+        event = (self._end_of(repeats), STEP_DONE, self.number, self._version, None)
+        heappush(self.fleet.heap, event)
+
+    def _end_of(self, repeats: int) -> int:
+        grown = self._beta * (repeats * (repeats - 1) // 2)
+        return self._start_ps + repeats * self._alpha + grown
 
     def step_done(self, version: int, now_ps: int) -> bool:
         """The step under way has ended, unless it was cut since; whether it has."""
