@@ -218,8 +218,8 @@ class StepLine:
             count = middle * grain
             pairs = count * (2 * past_tokens + count)
             step = tokens_ps[decodes + count] + pair_ps * pairs + each * count
-            for limit, bounded_ps in bounded:
-                step += bounded_ps * min(pairs, limit * count)
+            if bounded:
+                step += sum(ps * min(pairs, limit * count) for limit, ps in bounded)
             if step <= room:
                 low = middle
             else:

@@ -108,8 +108,22 @@ class ChunkSizer:
         now_ps: int,
     ) -> int:
         """Prompt tokens for this step, at most `most`, if `wanted_tokens` were to be had."""
-        self.sized_for, self.saving, self.between_ps = past_tokens, False, 0
-        least = min(self.tokens_min, most)
+        self.sized_for = past_tokens
+        least = self.tokens_min if self.tokens_min < most else most
+        due_ps, pace_ps = self._next_due(tick, now_ps) if self._due else NEVER
+        if pace_ps == FOREVER_PS:
+            if not self._gaps:
+                return most
+            fit = line.chunk_for(
+                min(self._gaps),
+                decodes=decodes,
+                context_tokens=context_tokens,
+                past_tokens=past_tokens,
+                tokens_max=most,
+                grain=self.grain,
+            )
+            self.whole_tokens = fit if fit > least else least
+            return self.whole_tokens
         fits = partial(
             line.chunk_for,
             decodes=decodes,
@@ -118,10 +132,6 @@ class ChunkSizer:
             tokens_max=most,
             grain=self.grain,
         )
-        due_ps, pace_ps = self._next_due(tick, now_ps) if self._due else NEVER
-        if pace_ps == FOREVER_PS:
-            self.whole_tokens = max(fits(min(self._gaps)), least) if self._gaps else most
-            return self.whole_tokens
         gap_ps = min(self._gaps, default=FOREVER_PS)
         alone_ps, _ = line.line(decodes, context_tokens)
         saved_ps = max(pace_ps - alone_ps, 0)

@@ -23,6 +23,7 @@ Invariants
 """
 
 from bisect import bisect_right
+from collections import deque
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from heapq import heappop, heappush
@@ -55,6 +56,7 @@ from tierline.scheduling.sequence import (
 from tierline.scheduling.shedding import too_late
 from tierline.scheduling.step import Step
 
+ENDED_MAX = 10_000
 EVICTED_AT_ONCE = 32  # a full cache forgets this fraction of the pool, so that horizons stay long
 Reload = Callable[[int, int, int], int]  # (tier, bytes, now) -> picoseconds until they are here
 
@@ -83,6 +85,7 @@ class Scheduler:
         "_blocked_epoch",
         "_cut",
         "_draining",
+        "_ended",
         "_fair",
         "_growth",
         "_growth_total",
@@ -176,6 +179,8 @@ class Scheduler:
         self._most_tokens = 0  # that they could reach
         self._unforeseen: dict[int, Sequence] = {}  # of those, whom nobody has asked about yet
         self._lengths = LengthPredictor()
+        # Answers that ended since somebody asked; long unasked, the oldest are let go.
+        self._ended: deque[tuple[int, str, int, int]] = deque(maxlen=ENDED_MAX)
         self._now_ps = 0  # of the last call that said
         self._draining = False  # a gathered batch is being finished
         self._padding = 0
@@ -767,6 +772,7 @@ class Scheduler:
         """Pages that `s` will come to hold, as far as admission looks ahead; 0: it does not."""
         policy, most = self.policy, s.output_max_tokens
         if policy.foresees:
+            self._learn()
             kind = kind_of(f"{s.rank} {s.tenant}", s.prompt_tokens)
             done = min(s.generated_tokens, most - 1)
             left = self._lengths.expected_remaining(kind, generated=done, at_most=most)
@@ -777,6 +783,12 @@ class Scheduler:
                 s.prompt_tokens + int(min(most, policy.reserves_max_tokens) * share), 0
             )
         return 0
+
+    def _learn(self) -> None:
+        """Tell the predictor of answers that have ended."""
+        while self._ended:
+            rank, tenant, prompt_tokens, tokens = self._ended.popleft()
+            self._lengths.observe(kind_of(f"{rank} {tenant}", prompt_tokens), tokens)
 
     def _room_for_all(self, s: Sequence) -> bool:
         """Whether everybody fits even at the longest, with `s`: then nobody need be foreseen."""
@@ -1083,9 +1095,7 @@ class Scheduler:
     def _finish(self, s: Sequence, now_ps: int) -> None:
         s.state, s.finish_ps = DONE, now_ps
         if self.policy.foresees:
-            self._lengths.observe(
-                kind_of(f"{s.rank} {s.tenant}", s.prompt_tokens), s.generated_tokens
-            )
+            self._ended.append((s.rank, s.tenant, s.prompt_tokens, s.generated_tokens))
         if self.policy.gathers:
             self._padding = self._padding + 1 if self.decoding else 0
         if self.note is not None:

@@ -4,9 +4,11 @@
 it does is a function of its arguments.
 """
 
+import gc
 from bisect import bisect_left
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from collections.abc import Sequence as Seq
+from contextlib import contextmanager
 from typing import Any
 
 from tierline.base.clock import FOREVER_PS, PS_PER_NS, PS_PER_S
@@ -106,12 +108,25 @@ def simulate(
     scalers = _scalers(fleet, scaling, decoders, models)
     if prepare is not None:
         prepare(fleet)
-    end_ps = run_checked(fleet) if check else fleet.run()
+    with _uncollected():
+        end_ps = run_checked(fleet) if check else fleet.run()
     run = _finish(fleet, requested, end_ps=end_ps, policy=chosen.name, seed=seed)
     run.models = models
     told = [*struck, *(moment for scaler in scalers for moment in scaler.moments)]
     run.faults = sorted(told, key=lambda moment: moment.at_ps)
     return run
+
+
+@contextmanager
+def _uncollected() -> Iterator[None]:
+    """Without the cycle collector: a run makes no cycles, and walking what lives costs a tenth."""
+    collects = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if collects:
+            gc.enable()
 
 
 def _models(kinds: Seq[Instance], requests: Seq[Request], columns: Requests) -> tuple[str, ...]:

@@ -135,7 +135,6 @@ class Replica:
         "_alpha",
         "_beta",
         "_doomed",
-        "_end_ps",
         "_gap_ps",
         "_gaps",
         "_link_versions",
@@ -202,7 +201,7 @@ class Replica:
         self.tokens_committed = 0  # prompts and outputs of everybody here, to their end
         self.step: Step | None = None
         self.repeats = 0
-        self._start_ps = self._end_ps = self._alpha = self._beta = 0
+        self._start_ps = self._alpha = self._beta = 0
         self._version = 0
         self._link_versions = dict.fromkeys(self.links, 0)
         self._stops: list[tuple[int, int]] = []  # (tick of the last token, sequence)
