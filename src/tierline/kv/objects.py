@@ -147,13 +147,35 @@ class ObjectStore:
         tier = self.tier_of(item)
         return 0.0 if tier == DEVICE else self._reload_s(tier, item.bytes)
 
-    # What sequences need
+    def could_have(self, item: StoredObject) -> bool:
+        """Whether `want` would bring it to the device, now or after what is leaving has left."""
+        resident = self._residents.get(item.key)
+        if resident is not None and (resident.mask & 1 or self.arriving(item) is not None):
+            return True
+        free = self.capacities_bytes[DEVICE] - self.used_bytes[DEVICE]
+        loose = sum(
+            r.item.bytes
+            for r in self._residents.values()
+            if r.mask & 1 and (self._may_go(r, DEVICE) or self._leaves(r, DEVICE))
+        )
+        return item.bytes <= free + loose
 
-    def want(self, item: StoredObject, urgency: tuple[int, int]) -> list[Transfer] | None:
-        """Bring it to the device.  What to wait for; [] if it is there; None if pins forbid.
+    def arriving(self, item: StoredObject) -> Transfer | None:
+        """What brings it to the device, if it is on its way."""
+        resident = self._residents.get(item.key)
+        flight = resident.flight if resident is not None else None
+        return flight if flight is not None and flight.target == DEVICE else None
 
-        Ask again when what was returned has ended, done or cancelled.
-        """
+    def carries(self, transfer: Transfer) -> bool:
+        """Whether the transfer is one of this store's."""
+        return transfer in self._flights
+
+    def pins(self) -> dict[str, int]:
+        """What is pinned, and how often."""
+        return {key: r.pins for key, r in self._residents.items() if r.pins}
+
+    def require_fit(self, item: StoredObject) -> None:
+        """Raise `DoesNotFitError` for what the device could never hold."""
         if item.bytes > self.capacities_bytes[DEVICE]:
             raise DoesNotFitError(
                 f"{item.kind} {item.key!r} on the device",
@@ -161,6 +183,15 @@ class ObjectStore:
                 available_bytes=self.capacities_bytes[DEVICE],
                 hint="give adapters and models more device memory, or use a smaller one",
             )
+
+    # What sequences need
+
+    def want(self, item: StoredObject, urgency: tuple[int, int]) -> list[Transfer] | None:
+        """Bring it to the device.  What to wait for; [] if it is there; None if pins forbid.
+
+        Ask again when what was returned has ended, done or cancelled.
+        """
+        self.require_fit(item)
         resident = self._resident(item)
         if resident.mask & 1:
             resident.leaving = False  # its bytes are still here: what was leaving stays

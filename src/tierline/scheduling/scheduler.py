@@ -36,6 +36,7 @@ from tierline.kv.pages import Pages
 from tierline.kv.prefix import PrefixIndex
 from tierline.kv.transfer import DEMAND, DEVICE, DRAM, TIER_NAMES, Transfer
 from tierline.perf.line import StepLine
+from tierline.scheduling.adapters import Adapters
 from tierline.scheduling.chunking import ChunkSizer
 from tierline.scheduling.fairness import FairShare
 from tierline.scheduling.lengths import LengthPredictor, kind_of
@@ -103,6 +104,7 @@ class Scheduler:
         "_tiered",
         "_unforeseen",
         "_windows",
+        "adapters",
         "context_tokens",
         "decoding",
         "held_back",
@@ -134,6 +136,7 @@ class Scheduler:
         limits: Limits,
         reload_ps: Reload | None = None,
         tenant_weights: dict[str, int] | None = None,
+        adapters: Adapters | None = None,
     ) -> None:
         """`reload_ps` prices bringing bytes up from a tier at the present load of its link.
 
@@ -143,6 +146,7 @@ class Scheduler:
         self.names = index.names  # bound for executors that hold real memory
         self.line, self.policy, self.limits = line, policy, limits
         self.reload_ps = reload_ps
+        self.adapters = adapters
         self.decoding: dict[int, Sequence] = {}
         self.prefilling: dict[int, Sequence] = {}
         self.loading: dict[int, Sequence] = {}
@@ -245,11 +249,15 @@ class Scheduler:
         self.index.landed(transfer)
         if transfer.kind == "swap-in":
             self.index.unpark(transfer.blocks)
+        if self.adapters is not None:
+            self.adapters.ended(transfer)
         return self._woken(transfer)
 
     def lost(self, transfer: Transfer, now_ps: int) -> bool:
         """A transfer was given up: who waited for it goes back to the queue and recomputes."""
         self._now_ps = now_ps
+        if self.adapters is not None:
+            self.adapters.ended(transfer)
         for sequence in transfer.waiters:
             if sequence.state == WAITING:
                 sequence.parked_tokens = 0  # what was to be parked is lost
@@ -349,6 +357,8 @@ class Scheduler:
 
     def require_fit(self, sequence: Sequence) -> None:
         """Raise `DoesNotFitError` for a request that could never run here."""
+        if sequence.adapter and self.adapters is not None:
+            self.adapters.require(sequence.adapter)
         tokens = sequence.prompt_tokens + sequence.output_max_tokens
         needed = self._held_pages(tokens, 0)
         if needed > self.pages.total:
@@ -433,9 +443,7 @@ class Scheduler:
             step.padding = self._padding if step.decodes else 0
             self._draining = bool(step.decodes)
         index = self.index
-        step.transfers, step.hastened = index.outbox, index.hastened
-        if step.transfers:
-            index.outbox = []
+        step.transfers, step.hastened = self.outgoing(), index.hastened
         if step.hastened:
             index.hastened = []
         self.steps += 1
@@ -443,6 +451,17 @@ class Scheduler:
         alone = repeats_max == 1 or step.preempted or step.draft_tokens
         step.repeats = 1 if alone else self._horizon(step, repeats_max)
         return step
+
+    def outgoing(self) -> list[Transfer]:
+        """What was decided to move and has not been told yet: a landing may decide, too."""
+        index, adapters = self.index, self.adapters
+        transfers = index.outbox
+        if transfers:
+            index.outbox = []
+        if adapters is not None and adapters.store.outbox:
+            transfers = transfers + adapters.store.outbox
+            adapters.store.outbox = []
+        return transfers
 
     def _grow_running(self, step: Step, now_ps: int) -> int:
         """Pages that decoding sequences take in this step, after making room for them."""
@@ -616,6 +635,23 @@ class Scheduler:
 
         A refusal changes nothing.
         """
+        s, adapters = head[3], self.adapters
+        if not s.adapter or adapters is None:
+            return self._admit_memory(head, budget, need, now_ps)
+        if not adapters.room(s):
+            return None
+        tokens = self._admit_memory(head, budget, need, now_ps)
+        if tokens is None or not adapters.take(s, self._urgency(s), now_ps):
+            return tokens
+        if s.state == PREFILL:
+            del self.prefilling[s.id]
+            s.pending = 0
+            self._load(s, now_ps, f"adapter {s.adapter} comes to the device")
+        s.pending += 1
+        return 0
+
+    def _admit_memory(self, head: Entry, budget: int, need: int, now_ps: int) -> int | None:
+        """The same, as far as its cached tokens are concerned."""
         s = head[3]
         looks_ahead = self.policy.reserves_output or (
             # Who can be on time does not wait for what may come.
@@ -958,6 +994,8 @@ class Scheduler:
         s.pages = s.duplicate_pages = 0
         if self.names is not None:
             self.names.release(s.id)
+        if s.adapter and self.adapters is not None:
+            self.adapters.leave(s)
         if s.run is not None:
             s.run.used_ps = self._now_ps  # in use until now
             self.index.release(s.run)
@@ -1249,6 +1287,8 @@ class Scheduler:
             if s.parked_tier == DRAM
         )
         self.index.check(parked)
+        if self.adapters is not None:
+            self.adapters.check()
         self.queue.check()
         ids = [s.id for s in waiting]
         ids += [*self.loading, *self.prefilling, *self.decoding]

@@ -227,6 +227,8 @@ class _Requested:
         self._itl_ps = [_limit_ps(level, "itl") for level in self.levels]
         self._tpot_ps = [_limit_ps(level, "tpot") for level in self.levels]
         self.tenants = tuple(sorted({r.tenant for r in requests}))
+        adapters = sorted({r.adapter for r in requests} - {""})
+        self._adapters = {name: i for i, name in enumerate(["", *adapters])}
         self.columns = self._columns()
 
     def _columns(self) -> Requests:
@@ -260,7 +262,7 @@ class _Requested:
             due_ps = columns.due_ps[i]
             chain: Any = None
             if self._chain is not None and r.prefix_blocks:
-                chain = self._chain(self._whole(i, r), columns.tenant[i])
+                chain = self._chain(self._whole(i, r), self._salt(i, r))
             yield Sequence(
                 i,
                 arrival_ps=columns.arrival_ps[i],
@@ -271,8 +273,13 @@ class _Requested:
                 itl_ps=itl_ps[level],
                 tpot_ps=self._tpot_ps[level],
                 tenant=tenants[columns.tenant[i]],
+                adapter=r.adapter,
                 chain=chain,
             )
+
+    def _salt(self, i: int, r: Request) -> int:
+        """Tenants do not see each other's cache, and adapters compute another one."""
+        return int(self.columns.tenant[i]) + len(self.tenants) * self._adapters[r.adapter]
 
     def _whole(self, i: int, r: Request) -> Seq[int]:
         """Ids for the whole prompt: a trace may name its full blocks only, or its shared ones.

@@ -10,6 +10,7 @@ from functools import partial
 
 from tierline.base.clock import PS_PER_S
 from tierline.base.errors import DoesNotFitError
+from tierline.base.names import lookup
 from tierline.catalog.deployment import Deployment
 from tierline.catalog.formats import kv_format
 from tierline.catalog.gpu import GpuSpec
@@ -19,12 +20,20 @@ from tierline.catalog.models import load_model
 from tierline.catalog.tier import TierSpec
 from tierline.kv.groups import CacheLayout, cache_layout
 from tierline.kv.link import Link
+from tierline.kv.objects import (
+    ObjectStore,
+    Order,
+    StoredObject,
+    least_expected_loss,
+    least_recently_used,
+)
 from tierline.kv.pages import Pages
 from tierline.kv.placement import Arc, CostAware, Lfu, Lru, Placement
 from tierline.kv.prefix import PrefixIndex
 from tierline.kv.transfer import DEVICE, DRAM, NVME, REMOTE, TIER_NAMES
 from tierline.perf.line import LAW, Calibration, Cost, StepLine
 from tierline.perf.step import TOKENS_MAX, Layout, StepCost, load_engine
+from tierline.scheduling.adapters import Adapters
 from tierline.scheduling.policy import Policy
 from tierline.scheduling.scheduler import Limits, Scheduler
 from tierline.sim.record import ReplicaTotals
@@ -36,6 +45,7 @@ PLACEMENTS: dict[str, type[Lru]] = {
     "arc": Arc,
     "cost-aware": CostAware,
 }
+ADAPTER_ORDERS: dict[str, Order] = {"value": least_expected_loss, "lru": least_recently_used}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -57,6 +67,9 @@ class Instance:
     wait_steps: float = 0.0
     acceptance: float = 0.0  # of drafted tokens, when limits.draft_tokens
     draft_s: float = 0.0  # time to draft for one step
+    adapters: Mapping[str, int] = field(default_factory=dict)  # bytes by name@digest
+    adapter_bytes: tuple[int, int, int] = (0, 0, 0)  # for them on the device, in DRAM, on NVMe
+    adapter_order: str = "value"  # who makes room: see ADAPTER_ORDERS
     shared_by: int = 1  # instances on one node that share its DRAM and drives
 
     @property
@@ -110,7 +123,7 @@ class Instance:
         line: StepLine | None = None,
     ) -> Replica:
         """A replica of this instance, empty."""
-        line = line or self.line()
+        line, links = line or self.line(), self.links()
         pages = Pages(self.pages_total)
         per_block_s = line.prefill_ps(self.layout.block_tokens, chunk=self.limits.chunk_tokens)
         deep = line.prefill_ps(
@@ -138,6 +151,7 @@ class Instance:
             policy=policy,
             limits=self.limits,
             tenant_weights=dict(tenant_weights) if tenant_weights is not None else None,
+            adapters=self._adapters(links),
         )
         totals = ReplicaTotals(
             number=number,
@@ -157,7 +171,7 @@ class Instance:
             number,
             scheduler,
             line,
-            links=self.links(),
+            links=links,
             totals=totals,
             host_ps=round(self.host_s * PS_PER_S),
             wait_steps=self.wait_steps,
@@ -170,6 +184,49 @@ class Instance:
             self.replica, policy=policy, seed=seed, tenant_weights=tenant_weights, line=line
         )
         return replica
+
+    def _adapters(self, links: Mapping[tuple[int, int], Link]) -> Adapters | None:
+        if not self.adapters:
+            return None
+        items = {}
+        for key, size in self.adapters.items():
+            name, _, digest = key.rpartition("@")
+            items[key] = StoredObject(name=name, digest=digest, kind="adapter", bytes=size)
+
+        def reload_s(tier: int, size: int) -> float:
+            return links[(tier, DEVICE)].duration_ps(size) / PS_PER_S
+
+        order = lookup("adapter order", self.adapter_order, ADAPTER_ORDERS)
+        return Adapters(ObjectStore(self.adapter_bytes, reload_s=reload_s, order=order), items)
+
+
+def with_adapters(
+    instance: Instance,
+    sizes: Mapping[str, int],
+    *,
+    device_bytes: int,
+    dram_bytes: int = 0,
+    nvme_bytes: int = 0,
+) -> Instance:
+    """The same instance serving adapters: their memory is taken from its KV pool.
+
+    `sizes` are bytes by name@digest, on all accelerators together.
+    """
+    page_bytes = instance.block_bytes // instance.layout.pages_per_block
+    pages = instance.pages_total - -(-device_bytes // page_bytes)
+    if pages < instance.layout.pages_per_block + instance.layout.state_pages:
+        raise DoesNotFitError(
+            f"adapters beside the KV cache of {instance.name}",
+            needed_bytes=device_bytes,
+            available_bytes=instance.pages_total * page_bytes,
+            hint="give adapters less device memory",
+        )
+    return replace(
+        instance,
+        pages_total=pages,
+        adapters=dict(sizes),
+        adapter_bytes=(device_bytes, dram_bytes, nvme_bytes),
+    )
 
 
 def instance_of(

@@ -252,8 +252,9 @@ class Replica:
         return found
 
     def has_adapter(self, name: str) -> bool:
-        """Whether the adapter is on the device."""
-        return not name
+        """Whether the adapter is on the device, or on its way there."""
+        adapters = self.scheduler.adapters
+        return not name or adapters is None or adapters.near(name)
 
     def predicted_ttft_ps(self, sequence: Sequence) -> int:
         """Time to a first token if it came here now: work queued before it, and its own."""
@@ -710,9 +711,8 @@ class Replica:
         for transfer in self.links[way].advance(now_ps):
             self._landed(transfer, now_ps)
         self._expect(way, now_ps)
-        index = self.scheduler.index
-        if index.outbox:  # decided by the landing: starts now, not with the next step
-            moves, index.outbox = index.outbox, []
+        moves = self.scheduler.outgoing()
+        if moves:  # decided by the landing: starts now, not with the next step
             self._carry(moves, now_ps)
 
     def _landed(self, transfer: Transfer, now_ps: int) -> None:

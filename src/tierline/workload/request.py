@@ -18,5 +18,6 @@ class Request:
     session: str = ""
     tenant: str = ""
     priority: int = 0  # larger is more urgent
+    adapter: str = ""  # that it is computed with, name@digest
     model: str = ""  # that it is for, where a fleet serves several
     deadline_ns: int | None = None  # for the first token, absolute
