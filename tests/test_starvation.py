@@ -24,8 +24,8 @@ LARGEST = 1000
 class Watched:
     """A waiting line, and how far each lane is behind its floor since it began to wait."""
 
-    def __init__(self, policy: Policy) -> None:
-        self.line = WaitingLine(policy)
+    def __init__(self, policy: Policy, floors: tuple[int, int, int]) -> None:
+        self.line, self.floors = WaitingLine(policy), floors
         self.waiting = {ON_TIME: 0, BACKGROUND: 0, LATE: 0}
         self.lead: dict[int, list[int]] = {}  # lane -> [100 S - f T, the most it was]
         self.behind = 0.0  # the most that a lane fell behind its floor, in tokens
@@ -44,7 +44,7 @@ class Watched:
         lane = next(i for i, heap in enumerate(self.line._lanes) if heap is self.line._from)
         self.line.take(head, tokens)
         self.waiting[lane] -= 1
-        for other, floor in enumerate(FLOORS):
+        for other, floor in enumerate(self.floors):
             if floor and self.waiting[other] + (other == lane):
                 lead = self.lead[other]
                 lead[0] += 100 * tokens * (other == lane) - floor * tokens
@@ -62,8 +62,10 @@ moves = st.lists(
 )
 
 
-def furthest_behind(moves: list[tuple[str, int]], policy: Policy) -> float:
-    watched = Watched(policy)
+def furthest_behind(
+    moves: list[tuple[str, int]], policy: Policy, floors: tuple[int, int, int] = FLOORS
+) -> float:
+    watched = Watched(policy, floors)
     number = 0
     for what, value in moves:
         if what == "take":
@@ -80,9 +82,11 @@ def furthest_behind(moves: list[tuple[str, int]], policy: Policy) -> float:
     return watched.behind
 
 
-@given(moves)
-def test_a_lane_that_waits_has_its_floor_less_two_requests(moves):
-    assert furthest_behind(moves, replace(TIERLINE, floors_percent=FLOORS)) <= 2 * LARGEST
+@given(moves, st.sampled_from((FLOORS, (0, 20, 10), (0, 1, 33), (0, 33, 33))))
+def test_a_lane_that_waits_has_its_floor_less_two_requests(moves, floors):
+    policy = replace(TIERLINE, floors_percent=floors)
+
+    assert furthest_behind(moves, policy, floors) <= 2 * LARGEST
 
 
 def test_without_floors_a_lane_falls_behind_without_end():
