@@ -355,6 +355,28 @@ def test_a_trace_without_times_is_drawn_from_its_lengths() -> None:
     assert all(r.input_tokens + r.output_tokens <= 4096 for r in traffic.decision(2).requests)
 
 
+def test_blocks_that_cannot_be_named_are_left_out_and_told() -> None:
+    """A trace in blocks of 100 tokens is planned without reuse, and the plan says so."""
+    question = asked(["ttft_p99=4s"], gpu="l40s")
+    profile = profile_trace(sessions(), source="test", block_tokens=100)
+    load = fleet_load(question, profile)
+
+    def notes(block_tokens: int) -> tuple[str, ...]:
+        traffic = traffic_of(
+            profile,
+            load,
+            safety=1.5,
+            positions_max=131_072,
+            requests=sessions(),
+            block_tokens=block_tokens,
+        )
+        assert any(r.prefix_blocks for r in traffic.requests) == (not traffic.notes)
+        return traffic.notes
+
+    assert "100 tokens" in notes(100)[0]
+    assert notes(512) == notes(8) == ()
+
+
 def test_a_law_that_is_slowed_down_is_slower() -> None:
     """The slow edge is an edge: the same step takes as much longer as the band says."""
     question = asked(["ttft_p99=4s"], gpu="l40s")

@@ -258,18 +258,26 @@ def _replayed(plan: Plan) -> tuple[Picture, ...]:
             else []
         ),
         Curve(
-            policy="closed form, slow edge",
+            policy="closed form, expected load, slow edge",
             points=[(edge.point.ttft_s(p), p / 100) for p in range(1, 100, 2)],
             percentiles={f"p{p}": edge.point.ttft_s(p) for p in (50, 95, 99)},
             within=None if limit_s is None else edge.point.within_share(limit_s),
         ),
     ]
-    picture = latencies("replay", "TTFT", said, limit_s=limit_s, promise="promised")
+    count = told.deciding.instances
+    keeps = "instance keeps" if count == 1 else "instances keep"
+    picture = latencies(
+        "replay",
+        "TTFT",
+        said,
+        limit_s=limit_s,
+        promise="promised",
+        title=f"{count} {keeps} every promise in the replay; "
+        f"the closed form said {told.closed_form_instances}",
+    )
     return (
         replace(
             picture,
-            title=f"{told.deciding.instances} instances keep every promise in the replay; "
-            f"the closed form said {told.closed_form_instances}",
             note=f"Replayed: {told.deciding.stretch}. Shares are of all requests.",
             columns=("what", *picture.columns[1:]),
             findings=(14,),

@@ -16,7 +16,7 @@ from tierline.base.clock import PS_PER_NS, PS_PER_S
 from tierline.kv.transfer import DRAM, NVME
 from tierline.perf.step import TOKENS_MAX
 from tierline.planner.finding import Candidate, LowerTier, Outcome, Replay
-from tierline.planner.traffic import SEED, Stretch
+from tierline.planner.traffic import BLOCK_TOKENS_KV, SEED, Stretch
 from tierline.scheduling.scheduler import Limits
 from tierline.scheduling.sequence import Sequence as Served
 from tierline.sim.api import simulate
@@ -28,7 +28,6 @@ from tierline.sim.record import Run
 from tierline.sim.replica import Replica
 from tierline.workload.slo import ServiceLevel
 
-BLOCK_TOKENS = 16
 HITS_MIN = 0.01  # of prompt tokens; fewer are not worth routing for
 OURS, PLAIN = "tierline", "fcfs"  # the policies that are compared
 CHECKS = 100  # how often a replay is asked whether it is hopeless
@@ -48,7 +47,7 @@ def sim_instance(
     built = build_instance(
         planned.cost.scaled(slowdown),
         name=f"{candidate.gpu.name} x{candidate.layout.gpus}",
-        block_tokens=BLOCK_TOKENS,
+        block_tokens=BLOCK_TOKENS_KV,
         device_bytes=round(candidate.memory.kv_bytes * candidate.layout.gpus),
         tier_bytes={
             {"dram": DRAM, "nvme": NVME}[tier.name]: tier.bytes_per_instance for tier in lower_tiers

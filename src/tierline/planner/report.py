@@ -245,9 +245,11 @@ def worth_rows(worths: Sequence[Worth]) -> list[dict[str, Any]]:
     usd = [w.usd_per_year for w in worths if w.usd_per_year is not None]
     rows = []
     for worth in worths:
-        saved = "" if worth.gpus is None else f"{max(gpus) - worth.gpus:,} GPUs"
-        if saved and worth.usd_per_year is not None:
-            saved += f", {format_usd(max(usd) - worth.usd_per_year)}"
+        saved = "–" if worth.gpus is None or worth.gpus == max(gpus) else ""
+        if worth.gpus is not None and not saved:
+            saved = f"{max(gpus) - worth.gpus:,} GPUs"
+            if worth.usd_per_year is not None:
+                saved += f", {format_usd(max(usd) - worth.usd_per_year)}"
         none = "none that was tried"
         rows.append(
             {
@@ -257,7 +259,7 @@ def worth_rows(worths: Sequence[Worth]) -> list[dict[str, Any]]:
                 "cost": "–" if worth.usd_per_year is None else format_usd(worth.usd_per_year),
                 "ttft": "–" if worth.ttft_p99_s is None else format_seconds(worth.ttft_p99_s),
                 "hits": f"{worth.hit_share:.1%}",
-                "saved": saved or "–",
+                "saved": saved,
                 "chosen": worth.chosen,
             }
         )

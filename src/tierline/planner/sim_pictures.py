@@ -56,7 +56,13 @@ class Curve:
 
 
 def latencies(
-    name: str, words: str, curves: Sequence[Curve], *, limit_s: float | None, promise: str = ""
+    name: str,
+    words: str,
+    curves: Sequence[Curve],
+    *,
+    limit_s: float | None,
+    promise: str = "",
+    title: str = "",
 ) -> Picture:
     """The share of requests within a latency, one line for each policy in one frame."""
     shown = [s for c in curves for s, _ in c.points] + ([limit_s] if limit_s else [])
@@ -75,7 +81,7 @@ def latencies(
         track = [(x.at(s), y.at(share)) for s, share in inside]
         end = [(x.end, track[-1][1])]
         parts.append(path([*track, *end], f"curve {STYLES[i % len(STYLES)]}"))
-    title = _latencies_title(words, curves, limit_s)
+    title = title or _latencies_title(words, curves, limit_s)
     columns = list(curves[0].percentiles)
     return Picture(
         name=name,

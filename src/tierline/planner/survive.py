@@ -37,13 +37,20 @@ from tierline.planner.finding import (
     Survival,
     Worth,
 )
-from tierline.planner.replay import BLOCK_TOKENS, OURS, PLAIN, replay
-from tierline.planner.traffic import DECIDED_REQUESTS_MAX, SCREENED_REQUESTS, Stretch, Traffic
+from tierline.planner.replay import OURS, PLAIN, replay
+from tierline.planner.traffic import (
+    BLOCK_TOKENS_KV,
+    DECIDED_REQUESTS_MAX,
+    SCREENED_REQUESTS,
+    Stretch,
+    Traffic,
+)
 from tierline.workload.profile import Profile
 from tierline.workload.slo import ServiceLevel
 
 SCREENED_RATIO = 2.0  # times the best cost, by the closed form: dearer ones are not replayed
 RIVALS = 3  # that are decided by the full replay as well, beside all that seem cheaper
+HOPELESS = 6  # that are decided although nobody passed the screening
 LIMIT_FACTOR = 3  # times the closed form's instances, beyond which nothing is tried
 GROWTH = 1.4  # of the instances tried, while a promise breaks
 GRAIN = 32  # a fleet is found to one in so many instances
@@ -295,7 +302,9 @@ def _decide(judge: Judge, entries: list[_Entry]) -> _Entry:
     waiting = sorted(entries, key=lambda e: (e.cost, not e.found, rank(e.candidate)))
     best: _Entry | None = None
     rivals = 0
-    for entry in waiting:
+    for number, entry in enumerate(waiting):
+        if best is None and number >= HOPELESS and not entry.found:
+            break  # nobody passed the screening either
         seems_cheaper = best is None or entry.cost < best.cost
         if not seems_cheaper:
             rivals += 1
@@ -379,7 +388,7 @@ def _ladder(judge: Judge, base: Candidate) -> list[Candidate]:
     bare = evaluate(question, base.instance.cost, load) if base.lower_tiers else base
     plain = replace(base if isinstance(bare, Rejected) else bare, lower_tiers=())
     layout = cache_layout(
-        question.model, kv_format(base.layout.kv), tp=base.layout.tp, block_tokens=BLOCK_TOKENS
+        question.model, kv_format(base.layout.kv), tp=base.layout.tp, block_tokens=BLOCK_TOKENS_KV
     )
     if load.hit_rate is None or not layout.shares_prefixes:
         return [plain]
@@ -491,7 +500,7 @@ def _checked(entries: list[_Entry]) -> tuple[Checked, ...]:
 
 
 def _notes(traffic: Traffic, deciding: Replay) -> tuple[str, ...]:
-    notes = []
+    notes = list(traffic.notes)
     replicas = traffic.slice_of(deciding.instances)
     if replicas < deciding.instances:
         notes.append(

@@ -34,6 +34,7 @@ DRAWN_S_MIN = 150.0  # several times what a request stays, or its batch never fi
 SLICE_MIN = 2
 COPY_APART_NS = 7_000_000_000
 SEED = 0
+BLOCK_TOKENS_KV = 16  # of the KV cache, as the deployment file has it
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -55,6 +56,7 @@ class Traffic:
     factor: float  # of the recorded load that the fleet is sized for, safety applied
     planned: float  # the same without safety
     positions_max: int  # of the model: longer requests are cut, as the closed form does
+    notes: tuple[str, ...] = ()
     _laid: dict[tuple[float, int], Stretch] = field(default_factory=dict, compare=False)
 
     def slice_of(self, instances: int) -> int:
@@ -124,6 +126,14 @@ def traffic_of(
         requests, planned = list(drawn), 1.0
         name = f"{count:,} requests drawn from the workload's lengths as a Poisson stream"
         block_tokens = profile.reuse.block_tokens if profile.reuse else block_tokens
+    notes: tuple[str, ...] = ()
+    if not names_blocks(block_tokens):
+        requests = [replace(r, prefix_blocks=()) for r in requests]
+        notes = (
+            f"the trace's prefix blocks of {block_tokens} tokens do not divide into KV blocks of "
+            f"{BLOCK_TOKENS_KV}, so no reuse was replayed",
+        )
+        block_tokens = BLOCK_TOKENS
     return Traffic(
         requests=tuple(requests),
         name=name,
@@ -132,7 +142,15 @@ def traffic_of(
         factor=planned * safety,
         planned=planned,
         positions_max=positions_max,
+        notes=notes,
     )
+
+
+def names_blocks(block_tokens: int) -> bool:
+    """Whether blocks of a trace are whole KV blocks, or parts of one, by a power of two."""
+    larger, smaller = max(block_tokens, BLOCK_TOKENS_KV), min(block_tokens, BLOCK_TOKENS_KV)
+    parts, rest = divmod(larger, smaller)
+    return not rest and not parts & (parts - 1)
 
 
 def busy_rate(arrivals: Arrivals) -> float:
@@ -186,6 +204,7 @@ def copied(requests: Sequence[Request], *, copies: int, faster: float) -> list[R
                     prefix_blocks=tuple(block + copy * names for block in r.prefix_blocks)
                     if copy
                     else r.prefix_blocks,
+                    model="",  # all of them are asked of the model that is planned
                     deadline_ns=None if patience_ns is None else arrival_ns + patience_ns,
                 )
             )
