@@ -71,8 +71,8 @@ class Placement(Protocol):
         """A prompt comes that is not cached from `depth` on; `limit` blocks of it could be."""
         ...
 
-    def forgotten(self, index: Index, run: Run, tier: int) -> None:
-        """`tier` gave the run up."""
+    def forgotten(self, index: Index, run: Run, tier: int, *, kept: int = 0) -> None:
+        """`tier` gave the run up, but for its first `kept` blocks."""
         ...
 
 
@@ -97,7 +97,7 @@ class Lru:
     def missed(self, chain: Any, depth: int, limit: int, now_ps: int) -> None:
         """Nothing to learn."""
 
-    def forgotten(self, index: Index, run: Run, tier: int) -> None:
+    def forgotten(self, index: Index, run: Run, tier: int, *, kept: int = 0) -> None:
         """Nothing to learn."""
 
 
@@ -151,13 +151,14 @@ class Arc(Lru):
                 step = max(other.blocks // max(ghosts.blocks, 1), 1) * found
                 self._target_blocks = max(self._target_blocks + sign * step, 0)
 
-    def forgotten(self, index: Index, run: Run, tier: int) -> None:
+    def forgotten(self, index: Index, run: Run, tier: int, *, kept: int = 0) -> None:
         """Its name is remembered."""
         if tier == index.last_tier:
-            self._forgotten[self.segment(run)].add(run.chain[run.start], run.blocks)
-            self._uncounted -= run.blocks
+            blocks = run.blocks - kept
+            self._forgotten[self.segment(run)].add(run.chain[run.start + kept], blocks)
+            self._uncounted -= blocks
             if not run.hits:
-                self._once_blocks -= run.blocks
+                self._once_blocks -= blocks
 
 
 class Ghosts:
@@ -211,7 +212,7 @@ class CostAware(Lru):
         self._again[hits] += 1
         self._reached[hits + 1] += 1
 
-    def forgotten(self, index: Index, run: Run, tier: int) -> None:
+    def forgotten(self, index: Index, run: Run, tier: int, *, kept: int = 0) -> None:
         """A run that was never used counts against new ones."""
-        if tier == index.last_tier and run.hits == 0:
+        if tier == index.last_tier and run.hits == 0 and not kept:
             self._reached[0] += 1

@@ -166,6 +166,31 @@ class Tier:
 class PrefixIndex:
     """Runs of cached blocks, who holds them, and their copies in each tier."""
 
+    __slots__ = (
+        "_births",
+        "_grains",
+        "_offered",
+        "_penalty_depth_s",
+        "_penalty_s",
+        "_transfers",
+        "below",
+        "block_bytes",
+        "block_tokens",
+        "device_blocks",
+        "epoch",
+        "evictable_blocks",
+        "hastened",
+        "heads",
+        "last_tier",
+        "leaving_blocks",
+        "names",
+        "outbox",
+        "pages",
+        "pages_per_block",
+        "placement",
+        "tiers",
+    )
+
     def __init__(
         self,
         pages: Pages,
@@ -555,6 +580,7 @@ class PrefixIndex:
         possible: nothing hangs from it, no other copy has those blocks, nobody names them."""
         if tier != DEVICE or self.below[tier] or run.children or self.names is not None:
             return False
+        self.placement.forgotten(self, run, tier, kept=run.blocks - blocks)
         run.blocks -= blocks
         self.pages.free += blocks * self.pages_per_block
         self.device_blocks -= blocks
