@@ -199,21 +199,46 @@ def gpus(args: argparse.Namespace) -> int:
 
 
 def synthesize(args: argparse.Namespace) -> int:
-    """Write a seeded trace that looks like another one, or like a built-in workload."""
+    """Write a seeded trace that looks like another one, like a built-in workload, or a mix."""
     from tierline.workload.archetypes import workload_profile
     from tierline.workload.profile import profile_trace
     from tierline.workload.synthesis import write_synthetic
 
-    if (args.like is None) == (args.workload is None):
-        raise InputError("give --like TRACE or --workload KIND, one of them")
+    if sum(given is not None for given in (args.like, args.workload, args.mix)) != 1:
+        raise InputError("give --like TRACE, --workload KIND or --mix CLASS..., one of them")
+    if args.mix is not None:
+        return _mix(args)
     if args.like is not None:
         source = profile_trace(Path(args.like), progress=True)
         source = source if args.rps is None else source.at_rate(args.rps)
     else:
         source = workload_profile(args.workload, rps=args.rps or 1.0)
     count = write_synthetic(
-        source, Path(args.output), seed=args.seed, requests=args.requests, arrivals=args.arrivals
+        source,
+        Path(args.output),
+        seed=args.seed,
+        requests=args.requests,
+        arrivals=args.arrivals or "gamma",
     )
+    return _wrote(args, count)
+
+
+def _mix(args: argparse.Namespace) -> int:
+    from itertools import islice
+
+    from tierline.workload.mix import mixed, read_part
+    from tierline.workload.trace import write_trace
+
+    if args.arrivals not in (None, "poisson"):
+        raise InputError(
+            f"a mix has no {args.arrivals} arrivals", hint="its arrivals are poisson, at --rps"
+        )
+    parts = [read_part(text) for text in args.mix]
+    drawn = mixed(parts, rate_rps=args.rps or 1.0, seed=args.seed)
+    return _wrote(args, write_trace(Path(args.output), islice(drawn, args.requests)))
+
+
+def _wrote(args: argparse.Namespace, count: int) -> int:
     if args.json:
         print(_json({"path": args.output, "requests": count, "seed": args.seed}))
     else:
@@ -458,11 +483,18 @@ def _add_synthesize(commands: Any) -> None:
     command = _command(commands, synthesize)
     command.add_argument("--like", metavar="TRACE", help="the trace to imitate")
     command.add_argument("--workload", help="built-in lengths: chat, rag, code, agent")
+    command.add_argument(
+        "--mix",
+        nargs="+",
+        metavar="CLASS",
+        help="classes, each NAME@PRIORITY:SHARE=TRACE with the lengths of a trace; the scheduler "
+        "tells them apart by priority",
+    )
     command.add_argument("--rps", type=float, help="mean requests a second")
     command.add_argument("--requests", type=int, default=5000, help="how many (default 5000)")
     command.add_argument("--seed", type=int, default=0, help="equal seeds, equal traces")
     command.add_argument(
-        "--arrivals", default="gamma", help="poisson, gamma, bursts or day (default gamma)"
+        "--arrivals", help="poisson, gamma, bursts or day (default gamma; a mix is poisson)"
     )
     command.add_argument("-o", "--output", required=True, help="file to write")
 

@@ -11,11 +11,13 @@ from collections.abc import Iterable, Iterator
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass
 from itertools import accumulate
+from pathlib import Path
 from random import Random
 
 from tierline.base.errors import InputError
 from tierline.base.rng import stream_seed
 from tierline.workload.request import Request
+from tierline.workload.trace import read_trace
 
 NS_PER_S = 10**9
 
@@ -37,6 +39,24 @@ def lengths_of(requests: Iterable[Request], *, below_tokens: int = 1 << 40) -> S
         for r in requests
         if r.input_tokens < below_tokens
     ]
+
+
+def read_part(text: str) -> Part:
+    """A class from 'NAME[@PRIORITY]:SHARE=TRACE'; raises `InputError`, or what reading raises."""
+    head, equals, path = text.partition("=")
+    label, colon, share = head.rpartition(":")
+    name, at, priority = label.partition("@")
+    try:
+        weight, urgency = float(share), int(priority) if at else 0
+    except ValueError:
+        weight, urgency = 0.0, 0
+    if not (equals and colon and name and path and weight > 0):
+        raise InputError(
+            f"class {text!r} is not NAME@PRIORITY:SHARE=TRACE",
+            hint="for example chat@2:0.7=chat.csv.gz batch@0:0.3=batch.jsonl.gz",
+        )
+    lengths = lengths_of(read_trace(Path(path)))
+    return Part(name=name, priority=urgency, share=weight, lengths=lengths)
 
 
 def mixed(parts: Seq[Part], *, rate_rps: float, seed: int) -> Iterator[Request]:
