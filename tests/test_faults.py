@@ -317,7 +317,9 @@ def test_nothing_is_lost_under_faults() -> None:
 @pytest.mark.slow
 @pytest.mark.timeout(1200)
 def test_nothing_is_lost_under_a_thousand_runs_with_faults() -> None:
-    assert min(conserved(range(45, 1045))[what] for what in EVERYTHING) >= 100
+    seen = conserved(range(45, 1045))
+
+    assert min(seen[what] for what in EVERYTHING) >= 100, seen
 
 
 def done(totals: ReplicaTotals) -> tuple[int, ...]:
