@@ -48,12 +48,31 @@ class Load:
     demand: Demand  # without prefix hits
     hit_rate: Callable[[float], float] | None  # fleet-wide cached tokens -> token hit rate
     longest_tokens: int  # prompt plus output that one instance must be able to hold
-    usable_factor: float = 1.0  # of the closed form's usable rate, as a replay corrected it
+    proven: "Proven | None" = None  # what a replay corrected
 
     @property
     def ideal_hit_rate(self) -> float:
         """Share of prompt tokens that a cache without limit would find; 0 when unknown."""
         return self.hit_rate(math.inf) if self.hit_rate is not None else 0.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Proven:
+    """What a replay found that one kind of instance carries, against the closed form."""
+
+    gpu: str
+    layout: Layout
+    factor: float  # of the closed form's usable rate at the slow edge
+    usable_rps: float  # at the slow edge, with the promises kept
+
+    def corrected(self, usable_rps: float) -> float:
+        """A usable rate of the same kind, at another edge or under another load.
+
+        What was too much is scaled down. What was too little is raised, but never above what
+        was seen: where the closed form stands at a cliff, its factor says nothing beyond.
+        """
+        scaled = usable_rps * self.factor
+        return scaled if self.factor <= 1 else max(usable_rps, min(scaled, self.usable_rps))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -326,15 +345,17 @@ def at_slow_edge(
 def with_instances(
     question: Question, candidate: Candidate, load: Load, instances: int
 ) -> tuple[Candidate, Load]:
-    """The candidate with as many instances as a replay found, and the load corrected to say so.
-
-    The correction is of the usable rate, by one factor at every edge.
-    """
+    """The candidate with as many instances as a replay found, and the load corrected to say so."""
     usable_rps = load.rate_rps * question.safety / instances
     if instances == candidate.pessimistic.instances:
         return candidate, load
-    factor = load.usable_factor * usable_rps / candidate.pessimistic.usable_rps
-    corrected = replace(load, usable_factor=factor)
+    proven = Proven(
+        gpu=candidate.gpu.name,
+        layout=candidate.layout,
+        factor=usable_rps / candidate.pessimistic.usable_rps,
+        usable_rps=usable_rps,
+    )
+    corrected = replace(load, proven=proven)
     slow = replace(candidate.instance, cost=candidate.instance.cost.scaled(candidate.evidence.high))
     screened = at_slow_edge(question, candidate.instance.cost, slow, candidate.demand, corrected)
     assert screened is not None, "it kept the promises at its own rate before"
@@ -464,8 +485,10 @@ def edge(
     if usable is None:
         return None
     usable_rps = question.measured.usable_rps if question.measured else usable.rate_rps
-    usable_rps *= load.usable_factor
     gpu = instance.cost.gpu
+    proven = load.proven
+    if proven and (proven.gpu, proven.layout) == (gpu.name, instance.cost.layout):
+        usable_rps = proven.corrected(usable_rps)
     instances = instances_needed(load.rate_rps, usable_rps=usable_rps, safety=question.safety)
     gpus = instances * instance.cost.layout.gpus
     point = operating_point(instance, demand, load.rate_rps / instances)

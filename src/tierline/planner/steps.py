@@ -801,11 +801,11 @@ def _basis(view: View) -> list[str]:
     ]
     others = [w for w in told.policies if not w.chosen]
     if last.policy == OURS and others and others[0].instances != last.instances:
-        fleet = _count(others[0].instances, "instance") if others[0].instances else "no fleet tried"
-        takes = "takes" if others[0].instances else "does"
+        needed = others[0].instances
+        takes = f"takes {_count(needed, 'instance')}" if needed else "kept them in no fleet tried"
         lines.append(
-            f"The fleet is sized for the {last.policy} policy; first come first served, which "
-            f"engines do by default, {takes} {fleet}."
+            f"The fleet is sized for the {last.policy} policy; first come first served, as engines "
+            f"do by default, {takes}."
         )
     return lines
 
