@@ -741,7 +741,7 @@ class Scheduler:
             s.hit_tokens = cached
             if s.chain is not None:
                 limit = self._shareable_blocks(s)
-                self.index.placement.missed(s.chain, cached // self._block, limit, now_ps)
+                self.index.placement.missed(s.chain, cached // self._block, limit)
         if self.note is not None:
             self.note(now_ps, s, "admitted", f"{cached} of {s.target_tokens} tokens cached")
 
@@ -1103,7 +1103,6 @@ class Scheduler:
         repeats: int,
         finished: Iterable[Sequence],
         now_ps: int,
-        *,
         accepted: dict[int, int] | None = None,
         handed_over: Iterable[Sequence] = (),
     ) -> list[Sequence]:
@@ -1118,7 +1117,10 @@ class Scheduler:
             self._advance(repeats)
         if accepted:
             self._accept(accepted)
-        entered = [s for s, tokens in step.chunks if self._chunk_done(s, tokens * repeats, now_ps)]
+        entered = []
+        for s, tokens in step.chunks:
+            if self._chunk_done(s, tokens * repeats, now_ps):
+                entered.append(s)
         for s in handed_over:
             self._leave(s)
             self.held_back[s.id] = s

@@ -151,7 +151,8 @@ class Fleet:
                     replica = replicas[number]
                     if replica.step_done(version, now_ps):
                         last_ps = now_ps
-                        if not awake and arrival_ps > now_ps and heap and heap[0][0] > now_ps:
+                        alone = not awake and arrival_ps > now_ps
+                        if alone and replica.alive and (not heap or heap[0][0] > now_ps):
                             replica.ask(now_ps)  # nothing else is due: no need to wait
                             continue
                         awake[number] = replica

@@ -519,7 +519,8 @@ class Replica:
                     finished.append(decoding[i])
         else:
             self._stand_still(now_ps - self._start_ps)
-        outputs, pools = self.fleet.outputs, self.fleet.pools
+        fleet = self.fleet
+        outputs, pools = fleet.outputs, fleet.pools
         handed: list[Sequence] = []
         for s, tokens in step.chunks:
             if s.cached_tokens + tokens * repeats == s.target_tokens:
@@ -529,17 +530,12 @@ class Replica:
                         pools.finished(s)
                 elif pools is not None and pools.hands_over(self, s, now_ps):
                     handed.append(s)
-        if self.fleet.steps is not None:
+        if fleet.steps is not None:
             self._write_down(step, repeats, now_ps)
-        if self.fleet.watch is not None:
-            self.fleet.watch.stepped(
-                self, step, repeats=repeats, start_ps=self._start_ps, now_ps=now_ps
-            )
+        if fleet.watch is not None:
+            fleet.watch.stepped(self, step, repeats=repeats, start_ps=self._start_ps, now_ps=now_ps)
         self.step = None
-        entered = scheduler.complete(
-            step, repeats, finished, now_ps, accepted=accepted, handed_over=handed
-        )
-        for s in entered:
+        for s in scheduler.complete(step, repeats, finished, now_ps, accepted, handed):
             self._entered(s, outputs[s.id] - s.generated_tokens, tick, now_ps)
         self._count(step, repeats, now_ps)
         for s in handed:
@@ -548,7 +544,7 @@ class Replica:
             pools.handed_over(s, now_ps)
         for s in finished:
             self._leave(s)
-            self.fleet.finished(self, s, now_ps)
+            fleet.finished(self, s, now_ps)
         return True
 
     def _entered(self, s: Sequence, left: int, tick: int, now_ps: int) -> None:
