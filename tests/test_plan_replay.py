@@ -385,3 +385,22 @@ def test_a_law_that_is_slowed_down_is_slower() -> None:
     assert isinstance(cost, StepCost)
 
     assert cost.scaled(1.3).step_s(4, 4000) == pytest.approx(1.3 * cost.step_s(4, 4000))
+
+
+def test_a_policy_that_cannot_keep_the_promises_gives_way_to_one_that_can(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Which policy is better depends on the promises, so both are asked before giving up."""
+    question = asked(["ttft_p99=4s"], gpu="l40s")
+    fewest = Judge.fewest
+
+    def ours_fails(judge: Judge, *args: object, policy: str = "tierline", **more: object) -> object:
+        return None if policy == "tierline" else fewest(judge, *args, policy=policy, **more)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(Judge, "fewest", ours_fails)
+    plan = planned(question, bursts())
+
+    assert plan.survival is not None
+    assert plan.survival.deciding.policy == "fcfs"
+    assert plan.deployment.policies.scheduler == "fcfs"
+    assert [w.instances for w in plan.survival.policies if w.policy == "tierline"] == [None]

@@ -165,6 +165,7 @@ class _Entry:
     tried: int = 0  # the most instances that broke a promise
     why: str = ""
     found: bool = False
+    policy: str = OURS
 
     @property
     def cost(self) -> tuple[float, float]:
@@ -281,17 +282,24 @@ def _screen(judge: Judge, entries: list[_Entry]) -> None:
 def _improves(
     judge: Judge, entry: _Entry, best: tuple[float, float] | None, stretch_of: StretchOf
 ) -> bool:
-    """Whether the candidate keeps the promises for less than `best`; notes what was seen."""
+    """Whether the candidate keeps the promises for less than `best`; notes what was seen.
+
+    Under our policy, or else first come first served: which is better depends on the promises.
+    More instances than expected are tried only after both failed with as many.
+    """
     candidate = entry.candidate
     limit = LIMIT_FACTOR * candidate.pessimistic.instances + 2
     cap = limit if best is None else min(most_under(candidate, best), limit)
     if cap < 1:
         return False
-    kept = judge.fewest(candidate, min(entry.instances, cap), stretch_of, limit=cap)
-    if kept is not None:
-        entry.instances, entry.found = kept.instances, True
-        return True
-    broken = judge.at(candidate, cap, stretch_of)
+    start = min(entry.instances, cap)
+    for most in dict.fromkeys((start, cap)):
+        for policy in (entry.policy, PLAIN if entry.policy == OURS else OURS):
+            kept = judge.fewest(candidate, start, stretch_of, limit=most, policy=policy)
+            if kept is not None:
+                entry.instances, entry.policy, entry.found = kept.instances, policy, True
+                return True
+    broken = judge.at(candidate, cap, stretch_of, policy=entry.policy)
     entry.tried, entry.why, entry.found = cap, broken.broken, False
     entry.instances = max(entry.instances, cap + 1)
     return False
@@ -335,13 +343,15 @@ def _tune(
 ) -> tuple[tuple[Worth, ...], tuple[Worth, ...], Candidate, Replay]:
     """What tiers and the policy are worth, and the best of them."""
     tiers, candidate, kept = _best_tiers(judge, winner)
-    plain, plain_kept = _first_come(judge, candidate, kept)
+    rival = PLAIN if winner.policy == OURS else OURS
+    other, other_kept = _under(rival, judge, candidate, kept)
     chosen = (candidate, kept)
-    if plain_kept is not None and plain_kept.instances < kept.instances:
-        chosen = (plain, plain_kept)
+    if other_kept is not None and other_kept.instances < kept.instances:
+        chosen = (other, other_kept)
+    rows = ((winner.policy, candidate, kept), (rival, other, other_kept))
     policies = tuple(
-        _worth(r.policy if r else PLAIN, c, r, policy=policy, chosen=r is chosen[1])
-        for policy, c, r in ((OURS, candidate, kept), (PLAIN, plain, plain_kept))
+        _worth(policy, c, r, policy=policy, chosen=r is chosen[1])
+        for policy, c, r in sorted(rows, key=lambda row: row[0] != OURS)
     )
     return tiers, policies, *chosen
 
@@ -363,6 +373,7 @@ def _best_tiers(judge: Judge, winner: _Entry) -> tuple[tuple[Worth, ...], Candid
             decision,
             limit=LIMIT_FACTOR * most + 2,
             broken=winner.instances - 1 if depth < known else 0,
+            policy=winner.policy,
         )
         seen.append((candidate, kept))
         if kept is not None:
@@ -377,7 +388,8 @@ def _best_tiers(judge: Judge, winner: _Entry) -> tuple[tuple[Worth, ...], Candid
         if kept is not None and not _clearly_better(chosen[1], kept):
             chosen = (candidate, kept)
     tiers = tuple(
-        _worth(_tier_label(c), c, kept, policy=OURS, chosen=c is chosen[0]) for c, kept in seen
+        _worth(_tier_label(c), c, kept, policy=winner.policy, chosen=c is chosen[0])
+        for c, kept in seen
     )
     return tiers, *chosen
 
@@ -411,30 +423,39 @@ def _with_less(judge: Judge, candidate: Candidate, kept: Replay) -> tuple[Candid
     fewer = replace(candidate, lower_tiers=(*above, smaller))
     limit = kept.instances + max(kept.instances // 4, 1)
     return fewer, judge.fewest(
-        fewer, kept.instances, judge.traffic.decision, limit=limit, broken=kept.instances - 1
+        fewer,
+        kept.instances,
+        judge.traffic.decision,
+        limit=limit,
+        broken=kept.instances - 1,
+        policy=kept.policy,
     )
 
 
-def _first_come(
-    judge: Judge, candidate: Candidate, ours: Replay
+def _under(
+    policy: str, judge: Judge, candidate: Candidate, beside: Replay
 ) -> tuple[Candidate, Replay | None]:
-    """The same instance first come first served, at the chunk that suits that best.
+    """The smallest fleet of the same instance under another policy.
 
-    Its chunks do not adapt, so smaller ones are tried; the short replay picks.
+    First come first served does not adapt its chunks, so smaller ones are tried, too; the
+    short replay picks.
     """
-    limit = LIMIT_FACTOR * ours.instances + 2
+    limit = LIMIT_FACTOR * beside.instances + 2
     best: tuple[int, Candidate] | None = None
-    for part in CHUNK_PARTS:
+    for part in CHUNK_PARTS if policy == PLAIN else (1,):
         chunk = max(candidate.instance.chunk_tokens // part, CHUNK_MIN)
         sized = replace(candidate, instance=replace(candidate.instance, chunk_tokens=chunk))
         most = limit if best is None else best[0] - 1
-        kept = judge.fewest(
-            sized, min(ours.instances, most), judge.traffic.screening, limit=most, policy=PLAIN
-        )
+        start = min(beside.instances, most)
+        if most < 1:
+            break
+        kept = judge.fewest(sized, start, judge.traffic.screening, limit=most, policy=policy)
         if kept is not None:
             best = (kept.instances, sized)
-    start, sized = best if best is not None else (limit, candidate)
-    return sized, judge.fewest(sized, start, judge.traffic.decision, limit=limit, policy=PLAIN)
+    if best is None:
+        return candidate, None
+    start, sized = best
+    return sized, judge.fewest(sized, start, judge.traffic.decision, limit=limit, policy=policy)
 
 
 def _clearly_better(kept: Replay, beside: Replay) -> bool:
