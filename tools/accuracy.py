@@ -553,8 +553,7 @@ def _runs(runs: Sequence[Run]) -> str:
         f" The two runs find {told}. Requests wait seconds for a slot, so an error of the gaps"
         " comes back two to five times as large in TTFT. How messages of data-parallel ranks"
         " are counted was settled with both runs in sight: half of what a prompt on one rank adds"
-        " is worth 10 % of the second TTFT.\n\n"
-        + _table(head, rows)
+        " is worth 10 % of the second TTFT.\n\n" + _table(head, rows)
     )
 
 

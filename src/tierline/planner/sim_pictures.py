@@ -28,8 +28,10 @@ from tierline.planner.svg import (
     y_axis,
 )
 
-STYLES = ("blue", "orange dashed", "green", "purple dashed", "sky", "grey dashed")
-STYLES += ("orange", "green dashed", "purple", "grey")  # one for each policy there is
+STYLES: tuple[str, ...] = (  # one for each policy there is
+    *("blue", "orange dashed", "green", "purple dashed", "sky", "grey dashed"),
+    *("orange", "green dashed", "purple", "grey"),
+)
 STRETCHES = {
     "queued": "grey",
     "loading": "orange",
