@@ -12,12 +12,13 @@ cheaper of reload and recompute.  LRU is the special case of a constant value.
 """
 
 from collections.abc import Iterable
-from math import log
+from math import exp, log
 from typing import Any, Protocol
 
 from tierline.base.clock import FOREVER_PS, PS_PER_S
 
 HITS_TOLD_APART = 8
+TAU_MIN_PS, TAU_MAX_PS = PS_PER_S, 3600 * PS_PER_S
 COUNTED_ANEW = 64  # ARC counts its segments after forgetting this fraction of a tier
 
 
@@ -37,7 +38,10 @@ class Index(Protocol):
     """What it may know of the index that asks (`kv.prefix.PrefixIndex`)."""
 
     last_tier: int
-    tiers: Any
+
+    def capacity_blocks(self, tier: int) -> int:
+        """What a tier can hold."""
+        ...
 
     def runs(self) -> Iterable[Run]:
         """Every run, wherever its copies are."""
@@ -67,7 +71,7 @@ class Placement(Protocol):
         """A request found `run`; called before its hits are counted."""
         ...
 
-    def missed(self, chain: Any, depth: int, limit: int, now_ps: int) -> None:
+    def missed(self, chain: Any, depth: int, limit: int) -> None:
         """A prompt comes that is not cached from `depth` on; `limit` blocks of it could be."""
         ...
 
@@ -94,7 +98,7 @@ class Lru:
     def used(self, run: Run) -> None:
         """Nothing to learn."""
 
-    def missed(self, chain: Any, depth: int, limit: int, now_ps: int) -> None:
+    def missed(self, chain: Any, depth: int, limit: int) -> None:
         """Nothing to learn."""
 
     def forgotten(self, index: Index, run: Run, tier: int, *, kept: int = 0) -> None:
@@ -114,14 +118,14 @@ class Arc(Lru):
 
     Runs that were used once and runs that were used again have an order each.  How much of
     the tier the first kind may have moves with what turns out to have been forgotten too
-    early: its last tierful of names is remembered for either kind.
+    early: a tierful of names is remembered.
     """
 
     def __init__(self) -> None:
         self._target_blocks = 0  # what the first kind may have
         self._once_blocks = 0  # what it has, as last counted
-        self._forgotten: tuple[Ghosts, Ghosts] = (Ghosts(), Ghosts())
-        self._uncounted = 0  # forgotten since
+        self._ghosts = Ghosts()
+        self._uncounted = 0  # to be forgotten until it is counted again
 
     def segment(self, run: Run) -> int:
         """0 for what was used once, 1 for what was used again."""
@@ -132,77 +136,67 @@ class Arc(Lru):
         if tier != index.last_tier:
             return 0
         if self._uncounted <= 0:
-            capacity = index.tiers[tier].capacity_blocks
+            capacity = index.capacity_blocks(tier)
             self._uncounted = capacity // COUNTED_ANEW + 1
             self._once_blocks = sum(
                 run.blocks for run in index.runs() if run.mask >> tier & 1 and not run.hits
             )
-            for ghosts in self._forgotten:
-                ghosts.keep(capacity)
             self._target_blocks = min(self._target_blocks, capacity)
         return 0 if self._once_blocks > self._target_blocks else 1
 
-    def missed(self, chain: Any, depth: int, limit: int, now_ps: int) -> None:  # noqa: ARG002
+    def missed(self, chain: Any, depth: int, limit: int) -> None:
         """What would have been a hit shows which kind is given too little."""
-        once, again = self._forgotten
-        for ghosts, other, sign in ((once, again, 1), (again, once, -1)):
-            found = ghosts.find(chain, depth, limit)
-            if found:
-                step = max(other.blocks // max(ghosts.blocks, 1), 1) * found
-                self._target_blocks = max(self._target_blocks + sign * step, 0)
+        once, again = self._ghosts.blocks(kind=False), self._ghosts.blocks(kind=True)
+        for ghost in self._ghosts.find(chain, depth, limit):
+            if ghost.kind:
+                self._target_blocks -= max(once // max(again, 1), 1) * ghost.blocks
+            else:
+                self._target_blocks += max(again // max(once, 1), 1) * ghost.blocks
+        self._target_blocks = max(self._target_blocks, 0)
 
     def forgotten(self, index: Index, run: Run, tier: int, *, kept: int = 0) -> None:
         """Its name is remembered."""
         if tier == index.last_tier:
-            blocks = run.blocks - kept
-            self._forgotten[self.segment(run)].add(run.chain[run.start + kept], blocks)
-            self._uncounted -= blocks
+            capacity = index.capacity_blocks(tier)
+            self._ghosts.add(run, kept, kind=run.hits > 0, most=capacity)
+            self._uncounted -= run.blocks - kept
             if not run.hits:
-                self._once_blocks -= blocks
-
-
-class Ghosts:
-    """Names of runs that were forgotten, the oldest first."""
-
-    def __init__(self) -> None:
-        self.blocks = 0
-        self._runs: dict[int, int] = {}
-
-    def add(self, name: int, blocks: int) -> None:
-        """Remember a run by the name of its first block."""
-        self.blocks += blocks - self._runs.pop(name, 0)
-        self._runs[name] = blocks
-
-    def find(self, chain: Any, depth: int, limit: int) -> int:
-        """Blocks of a chain that are remembered from `depth` on; they are forgotten here, too."""
-        start = depth
-        while depth < limit and (blocks := self._runs.pop(chain[depth], 0)):
-            self.blocks -= blocks
-            depth += blocks
-        return depth - start
-
-    def keep(self, most: int) -> None:
-        """Remember no more than so many blocks."""
-        while self.blocks > most:
-            self.blocks -= self._runs.pop(next(iter(self._runs)))
+                self._once_blocks -= run.blocks - kept
 
 
 class CostAware(Lru):
-    """Expected reuse x miss penalty / bytes, where a tier forgets for good; LRU above it."""
+    """Expected reuse x miss penalty / bytes, where a tier forgets for good; LRU above it.
 
-    def __init__(self, *, tau_s: float = 100.0) -> None:
+    What is learned counts what was forgotten, too: else a kind of run that is forgotten early
+    would never show that it is used again.
+
+    `tau_ps` says how much value weighs against recency (0 is LRU).  Like ARC's target it
+    moves with regret: up when a run that was worth more than most is missed after it was
+    forgotten, down when it is one that was worth less.
+    """
+
+    def __init__(self, *, tau_s: float = 100.0, learning: float = 0.3) -> None:
+        """`learning` is how far missing all that is remembered of a kind moves tau, as a power
+        of e."""
         self.tau_ps = int(tau_s * PS_PER_S)
+        self._learning = learning
+        self._usual = 0.0  # value of what is forgotten: keys stay comparable while tau moves
+        self._settled = False  # whether that was ever seen
         self._reached = [1] * (HITS_TOLD_APART + 1)  # runs that were hit h times
         self._again = [1] * (HITS_TOLD_APART + 1)  # of those, hit once more
+        self._ghosts = Ghosts()
 
     def key(self, index: Index, run: Run, tier: int) -> int:
         """The last use, shifted by the logarithm of the run's value."""
         if tier != index.last_tier:
             return run.used_ps
+        return run.used_ps + int(self.tau_ps * (self._value(index, run) - self._usual))
+
+    def _value(self, index: Index, run: Run) -> float:
+        """The logarithm of expected reuse x penalty, of one block."""
         hits = min(run.hits, HITS_TOLD_APART - 1)
         reuse = self._again[hits] / self._reached[hits]
-        penalty = index.penalty_s_per_block(run)
-        return run.used_ps + int(self.tau_ps * log(reuse * penalty))
+        return log(reuse * index.penalty_s_per_block(run))
 
     def used(self, run: Run) -> None:
         """Count that runs with so many hits are used again."""
@@ -212,7 +206,70 @@ class CostAware(Lru):
         self._again[hits] += 1
         self._reached[hits + 1] += 1
 
+    def missed(self, chain: Any, depth: int, limit: int) -> None:
+        """What was forgotten is used again."""
+        remembered = self._ghosts.blocks(kind=False), self._ghosts.blocks(kind=True)
+        for ghost in self._ghosts.find(chain, depth, limit):
+            self._again[min(ghost.hits, HITS_TOLD_APART - 1)] += 1
+            share = ghost.blocks / remembered[ghost.kind]
+            regret = share if ghost.kind else -share
+            tau_ps = int(self.tau_ps * exp(self._learning * regret))
+            self.tau_ps = min(max(tau_ps, TAU_MIN_PS), TAU_MAX_PS)
+
     def forgotten(self, index: Index, run: Run, tier: int, *, kept: int = 0) -> None:
         """A run that was never used counts against new ones."""
-        if tier == index.last_tier and run.hits == 0 and not kept:
+        if tier != index.last_tier:
+            return
+        capacity, value = index.capacity_blocks(tier), self._value(index, run)
+        weight = min((run.blocks - kept) / capacity, 1.0) if self._settled else 1.0
+        self._usual += weight * (value - self._usual)
+        self._settled = True
+        self._ghosts.add(run, kept, kind=value > self._usual, most=capacity)
+        if not run.hits and not kept:
             self._reached[0] += 1
+
+
+class Ghost:
+    """What is remembered of a run that was forgotten."""
+
+    __slots__ = ("blocks", "hits", "kind")
+
+    def __init__(self, blocks: int, hits: int, *, kind: bool) -> None:
+        self.blocks, self.hits, self.kind = blocks, hits, kind
+
+
+class Ghosts:
+    """Runs of two kinds that were forgotten, by their first block's name, the oldest first."""
+
+    __slots__ = ("_blocks", "_runs")
+
+    def __init__(self) -> None:
+        self._runs: dict[int, Ghost] = {}
+        self._blocks = [0, 0]
+
+    def blocks(self, *, kind: bool) -> int:
+        """How many of a kind are remembered."""
+        return self._blocks[kind]
+
+    def add(self, run: Run, kept: int, *, kind: bool, most: int) -> None:
+        """Remember all of a run but its first `kept` blocks, and no more than `most` in all."""
+        name = run.chain[run.start + kept]
+        self._drop(name)
+        self._runs[name] = ghost = Ghost(run.blocks - kept, run.hits, kind=kind)
+        self._blocks[kind] += ghost.blocks
+        while sum(self._blocks) > most:
+            self._drop(next(iter(self._runs)))
+
+    def find(self, chain: Any, depth: int, limit: int) -> list[Ghost]:
+        """What is remembered of a chain from `depth` on; it is not a ghost any more."""
+        found = []
+        while depth < limit and (ghost := self._drop(chain[depth])) is not None:
+            found.append(ghost)
+            depth += ghost.blocks
+        return found
+
+    def _drop(self, name: int) -> Ghost | None:
+        ghost = self._runs.pop(name, None)
+        if ghost is not None:
+            self._blocks[ghost.kind] -= ghost.blocks
+        return ghost

@@ -234,9 +234,7 @@ class PrefixIndex:
         self.last_tier = in_use[-1] if in_use else DEVICE
         self._offered = range(self.last_tier + 1)
         self.below = self._neighbours()
-        device_blocks = self.pages.total // self.pages_per_block
-        sizes = [device_blocks, *(tier.capacity_blocks for tier in self.tiers[1:])]
-        self._grains = [blocks // MOVED_AT_ONCE for blocks in sizes]
+        self._grains = [self.capacity_blocks(tier) // MOVED_AT_ONCE for tier in range(4)]
 
     def _neighbours(self) -> list[int]:
         """0 where there is none below."""
@@ -249,8 +247,14 @@ class PrefixIndex:
         return below
 
     def penalty_s_per_block(self, run: Cached) -> float:
-        """Seconds to compute one block of the run again."""
-        return self._penalty_s + self._penalty_depth_s * run.start
+        """Seconds to compute one block of the run again, one in its middle."""
+        return self._penalty_s + self._penalty_depth_s * (run.start + run.blocks / 2)
+
+    def capacity_blocks(self, tier: int) -> int:
+        """What a tier can hold."""
+        if tier == DEVICE:
+            return self.pages.total // self.pages_per_block
+        return self.tiers[tier].capacity_blocks
 
     def runs(self) -> Iterable[Run]:
         """Every run, wherever its copies are."""
@@ -333,8 +337,8 @@ class PrefixIndex:
         for run in path:
             if run.leaving is not None and not run.mask & 1:
                 self._stay(run)
-            run.used_ps = now_ps
             self.placement.used(run)
+            run.used_ps = now_ps
             run.hits += 1
         return path, depth
 
@@ -559,7 +563,7 @@ class PrefixIndex:
                 continue  # its bytes are still coming; offered again when they have landed
             current = key(self, run, tier)
             if current > value:
-                heappush(heap, (current, -run.start, run.birth, run))
+                heappush(heaps[self.placement.segment(run)], (current, -run.start, run.birth, run))
                 continue
             if run.mask == bit and run.children and not self.below[tier]:
                 continue  # the last copy of what others hang from: offered when they are gone
