@@ -59,7 +59,7 @@ class Placement(Protocol):
         """Its place in the order of forgetting; the smallest goes first."""
         ...
 
-    def segment(self, run: Run) -> int:
+    def segment(self, index: Index, run: Run, tier: int) -> int:
         """Which of two orders it stands in: 0, or 1 for a placement that keeps two."""
         ...
 
@@ -87,7 +87,7 @@ class Lru:
         """The instant of the last use."""
         return run.used_ps
 
-    def segment(self, run: Run) -> int:  # noqa: ARG002
+    def segment(self, index: Index, run: Run, tier: int) -> int:  # noqa: ARG002
         """One order for all."""
         return 0
 
@@ -127,14 +127,12 @@ class Arc(Lru):
         self._ghosts = Ghosts()
         self._uncounted = 0  # to be forgotten until it is counted again
 
-    def segment(self, run: Run) -> int:
+    def segment(self, index: Index, run: Run, tier: int) -> int:
         """0 for what was used once, 1 for what was used again."""
-        return 1 if run.hits else 0
+        return 1 if run.hits and tier == index.last_tier else 0
 
     def shrinks(self, index: Index, tier: int) -> int:
         """The first kind while it has more than its target."""
-        if tier != index.last_tier:
-            return 0
         if self._uncounted <= 0:
             capacity = index.capacity_blocks(tier)
             self._uncounted = capacity // COUNTED_ANEW + 1

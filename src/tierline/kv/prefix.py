@@ -538,7 +538,7 @@ class PrefixIndex:
             more, aside = self._forget_in_order(tier, blocks - done, write_back=False)
             done += more
         for entry in aside:
-            heappush(self.tiers[tier].heaps[self.placement.segment(entry[3])], entry)
+            heappush(self.tiers[tier].heaps[self.placement.segment(self, entry[3], tier)], entry)
         if done:
             self.epoch += 1
         return done
@@ -563,7 +563,10 @@ class PrefixIndex:
                 continue  # its bytes are still coming; offered again when they have landed
             current = key(self, run, tier)
             if current > value:
-                heappush(heaps[self.placement.segment(run)], (current, -run.start, run.birth, run))
+                heappush(
+                    heaps[self.placement.segment(self, run, tier)],
+                    (current, -run.start, run.birth, run),
+                )
                 continue
             if run.mask == bit and run.children and not self.below[tier]:
                 continue  # the last copy of what others hang from: offered when they are gone
@@ -695,7 +698,7 @@ class PrefixIndex:
         for tier in self._offered:
             if run.mask >> tier & 1 and not run.children_in[tier]:
                 value = self.placement.key(self, run, tier)
-                heap = self.tiers[tier].heaps[self.placement.segment(run)]
+                heap = self.tiers[tier].heaps[self.placement.segment(self, run, tier)]
                 heappush(heap, (value, -run.start, run.birth, run))
 
     def _set(self, run: Run, tier: int) -> None:
