@@ -172,6 +172,7 @@ class PrefixIndex:
         "_offered",
         "_penalty_depth_s",
         "_penalty_s",
+        "_reloads_s",
         "_transfers",
         "below",
         "block_bytes",
@@ -201,11 +202,13 @@ class PrefixIndex:
         capacities: Seq[int] = (),
         placement: Placement | None = None,
         penalties_s: tuple[float, float] = (1.0, 0.0),
+        reloads_s: Seq[float] = (0.0, 0.0, 0.0),
         names: Names | None = None,
     ) -> None:
         """`capacities` are blocks of DRAM, NVMe and remote memory, in that order.
 
-        `penalties_s` prices the recompute of one block: at depth 0, and per block of depth.
+        `penalties_s` prices the recompute of one block: at depth 0, and per block of depth;
+        `reloads_s` bringing it up from each of those tiers.
         """
         self.pages = pages
         self.block_tokens = block_tokens
@@ -225,6 +228,7 @@ class PrefixIndex:
         self.outbox: list[Transfer] = []
         self.hastened: list[tuple[Transfer, tuple[int, int]]] = []  # on their way, now wanted
         self._penalty_s, self._penalty_depth_s = penalties_s
+        self._reloads_s = (0.0, *reloads_s)
         self._births = 0
         self._transfers = 0
 
@@ -627,6 +631,8 @@ class PrefixIndex:
         parent = run.parent
         if parent is not None and not parent.mask:
             return None
+        if self._reloads_s[below] >= self.penalty_s_per_block(run) and not run.children:
+            return None  # it would be computed again anyway
         run.holds += 1  # making room must not take the run itself
         room = self.make_room(below, run.blocks)
         run.holds -= 1

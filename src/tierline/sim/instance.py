@@ -45,6 +45,7 @@ PLACEMENTS: dict[str, type[Lru]] = {
     "arc": Arc,
     "cost-aware": CostAware,
 }
+DEEP_TOKENS = 1 << 16  # where the price of recomputing is taken a second time
 ADAPTER_ORDERS: dict[str, Order] = {"value": least_expected_loss, "lru": least_recently_used}
 
 
@@ -125,24 +126,7 @@ class Instance:
         """A replica of this instance, empty."""
         line, links = line or self.line(), self.links()
         pages = Pages(self.pages_total)
-        per_block_s = line.prefill_ps(self.layout.block_tokens, chunk=self.limits.chunk_tokens)
-        deep = line.prefill_ps(
-            self.layout.block_tokens, past=1 << 16, chunk=self.limits.chunk_tokens
-        )
-        depth_blocks = (1 << 16) // self.layout.block_tokens
-        placement: Placement = PLACEMENTS[self.placement]()
-        index = PrefixIndex(
-            pages,
-            block_tokens=self.layout.block_tokens,
-            pages_per_block=self.layout.pages_per_block,
-            block_bytes=self.block_bytes,
-            capacities=self.tier_blocks,
-            placement=placement,
-            penalties_s=(
-                per_block_s / PS_PER_S,
-                (deep - per_block_s) / depth_blocks / PS_PER_S,
-            ),
-        )
+        index = self._index(pages, line, links)
         scheduler = Scheduler(
             pages=pages,
             index=index,
@@ -184,6 +168,41 @@ class Instance:
             self.replica, policy=policy, seed=seed, tenant_weights=tenant_weights, line=line
         )
         return replica
+
+    def _index(
+        self, pages: Pages, line: StepLine, links: Mapping[tuple[int, int], Link]
+    ) -> PrefixIndex:
+        """The prefix index, with what a block costs to compute and to bring up again.
+
+        Both are prices of a whole chunk, shared by its blocks.
+        """
+        block_tokens, chunk = self.layout.block_tokens, self.limits.chunk_tokens
+        blocks = max(chunk // block_tokens, 1)
+        shallow_s, deep_s = (
+            line.prefill_ps(blocks * block_tokens, past=past, chunk=chunk) / blocks / PS_PER_S
+            for past in (0, DEEP_TOKENS)
+        )
+        size = blocks * self.block_bytes
+        reloads_s = [
+            links[(tier, DEVICE)].duration_ps(size) / blocks / PS_PER_S if capacity else 0.0
+            for tier, capacity in zip((DRAM, NVME, REMOTE), self.tier_blocks, strict=True)
+        ]
+        # A tier from which nothing comes faster than it is computed would only take memory.
+        capacities = [
+            capacity if reload_s < deep_s else 0
+            for capacity, reload_s in zip(self.tier_blocks, reloads_s, strict=True)
+        ]
+        placement: Placement = PLACEMENTS[self.placement]()
+        return PrefixIndex(
+            pages,
+            block_tokens=block_tokens,
+            pages_per_block=self.layout.pages_per_block,
+            block_bytes=self.block_bytes,
+            capacities=capacities,
+            placement=placement,
+            penalties_s=(shallow_s, (deep_s - shallow_s) / (DEEP_TOKENS // block_tokens)),
+            reloads_s=reloads_s,
+        )
 
     def _adapters(self, links: Mapping[tuple[int, int], Link]) -> Adapters | None:
         if not self.adapters:
