@@ -173,7 +173,7 @@ class CostAware(Lru):
     forgotten, down when it is one that was worth less.
     """
 
-    def __init__(self, *, tau_s: float = 100.0, learning: float = 0.3) -> None:
+    def __init__(self, *, tau_s: float = 60.0, learning: float = 0.3) -> None:
         """`learning` is how far missing all that is remembered of a kind moves tau, as a power
         of e."""
         self.tau_ps = int(tau_s * PS_PER_S)
