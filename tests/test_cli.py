@@ -277,6 +277,8 @@ def test_interrupt_stops_cleanly(tmp_path: Path) -> None:
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
+        # A job in the background ignores SIGINT, and its children inherit that.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
     time.sleep(0.6)  # past the imports and into the reading; the trace takes seconds
     child.send_signal(signal.SIGINT)
