@@ -75,6 +75,17 @@ def test_repeats_are_single_steps(first):
     assert differing == {}
 
 
+FOUND = {
+    335: "a prompt alone held twice what it had computed beside another, and never ended",
+    2631: "prompt steps took pages that streams standing still were going to take",
+}
+
+
+@pytest.mark.parametrize("seed", FOUND)
+def test_worlds_that_once_went_wrong(seed):
+    assert difference(seed) == "", FOUND[seed]
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("first", range(FAST, ALL, 150))
 def test_repeats_are_single_steps_in_thousands_of_worlds(first):

@@ -427,8 +427,13 @@ class Scheduler:
         if self.policy.sheds and self._arrived and self.queue.waiting and not step.preempted:
             self._shed(now_ps)
         need = self._fill(step, budget, need, now_ps)
-        while self._short and not step.chunks and not self.decoding and len(self.prefilling) > 1:
-            victim = self.policy.victim(self.prefilling.values())
+        while self._short and not step.chunks and not self.decoding:
+            # Prompts hold each other's memory; or one holds twice what was computed twice, and
+            # finds it cached when it comes back.
+            twice = [s for s in self.prefilling.values() if s.duplicate_pages]
+            if len(self.prefilling) < 2 and not twice:
+                break  # bytes on their way will make room
+            victim = self.policy.victim(twice or self.prefilling.values())
             self._preempt(victim, step, now_ps, "prompts held each other's memory")
             need = self._fill(step, budget, 0, now_ps)
 
@@ -534,13 +539,15 @@ class Scheduler:
         begun = self._begun()
         slots = limits.sequences_max - self.running
         gathering = not (self._draining and self.decoding)
-        at, opened, short = 0, gathering and not step.preempted, False
+        # Whoever gave way does not come back in the same step, unless nobody is left in it.
+        opened = gathering and not (step.preempted and self.running)
+        at, short = 0, False
         if policy.longest_prefix_first_below and queue.waiting:
             self._reorder()
         while budget > 0:
             s = begun[at] if at < len(begun) else None
             head = queue.head() if opened and (s is None or policy.overtakes) else None
-            if head is not None and step.preempted and head[0] > ON_TIME:
+            if head is not None and step.preempted and head[0] > ON_TIME and self.running:
                 opened = False  # whoever just gave way does not come back at once
                 continue
             if head is not None and (s is None or head[:3] < (s.band, s.key, s.id)):
