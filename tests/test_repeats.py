@@ -118,7 +118,11 @@ GUARDS = {
     "memory bounds repeats": (Scheduler, "_memory_horizon", all_of_it),
     "a landing ends repeats": (Scheduler, "_woken", lambda s, t: WOKEN(s, t) and False),
     "a chunk shrinks as its prompt grows": (ChunkSizer, "holds_for", lambda *_: FOREVER_PS),
-    "a prompt stays first": (Scheduler, "_begun", lambda s: list(s.prefilling.values())),
+    "only what is free may be grown into": (
+        Scheduler,
+        "_free_before_writing_back",
+        lambda s: s.pages.free + s.pages.total,
+    ),
     "what lands wakes who waits": (Scheduler, "landed", lambda s, t: LANDED(s, t) and False),
 }
 ADD, WOKEN, LANDED = Scheduler.add, Scheduler._woken, Scheduler.landed
