@@ -9,7 +9,6 @@ from dataclasses import dataclass
 
 from tierline.scheduling.policy import (
     BASELINES,
-    FCFS,
     TIERLINE,
     Policy,
     by_cached_prefix,
@@ -92,4 +91,3 @@ PROFILES = {
 POLICIES: dict[str, Policy] = {p.name: p for p in (TIERLINE, *BASELINES)} | {
     name: profile.policy for name, profile in PROFILES.items()
 }
-assert FCFS.name in POLICIES

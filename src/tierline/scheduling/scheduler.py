@@ -33,7 +33,7 @@ from tierline.base.clock import FOREVER_PS
 from tierline.base.errors import DoesNotFitError
 from tierline.kv.groups import CacheLayout
 from tierline.kv.pages import Pages
-from tierline.kv.prefix import PrefixIndex
+from tierline.kv.prefix import PrefixIndex, Run
 from tierline.kv.transfer import DEMAND, DEVICE, DRAM, TIER_NAMES, Transfer
 from tierline.perf.line import StepLine
 from tierline.scheduling.adapters import Adapters
@@ -690,9 +690,7 @@ class Scheduler:
         if grown + need > free and grown + need > self._obtainable() - loose_pages:
             return None
         if found:
-            path, s.published_blocks = self.index.match(s.chain, found, now_ps)
-            s.run = path[-1]
-            self.index.hold(s.run)
+            path = self._hold_path(s, found, now_ps)
             if self.names is not None:
                 self.names.adopt(s.id, path)
         self._reclaim(need + grown)
@@ -722,9 +720,7 @@ class Scheduler:
 
     def _admit_loading(self, s: Sequence, found: int, fetch: int, need: int, now_ps: int) -> int:
         """Take room for what lies in lower tiers, and wait for it."""
-        path, s.published_blocks = self.index.match(s.chain, found, now_ps)
-        s.run = path[-1]
-        self.index.hold(s.run)
+        path = self._hold_path(s, found, now_ps)
         self._reclaim(need + fetch * self._block_pages)
         if not s.preemptions:
             s.loaded_tokens = fetch * self._block
@@ -734,6 +730,13 @@ class Scheduler:
             self.names.adopt(s.id, path)
         self._load(s, now_ps, f"{fetch * self._block} cached tokens come up from a lower tier")
         return 0
+
+    def _hold_path(self, s: Sequence, found: int, now_ps: int) -> list[Run]:
+        """The cached runs of the first `found` blocks, which `s` holds from now on."""
+        path, s.published_blocks = self.index.match(s.chain, found, now_ps)
+        s.run = path[-1]
+        self.index.hold(s.run)
+        return path
 
     def _load(self, s: Sequence, now_ps: int, why: str) -> None:
         s.state = LOADING
@@ -769,18 +772,15 @@ class Scheduler:
         self, s: Sequence, found: int, device: int, fetch: int, now_ps: int
     ) -> tuple[int, int]:
         assert self.reload_ps is not None
-        block, chunk = self._block, self.limits.chunk_tokens
-        decodes, context = len(self.decoding), self.context_tokens
+        rate = self.line.prefill_rate(
+            chunk=self.limits.chunk_tokens,
+            decodes=len(self.decoding),
+            context_tokens=self.context_tokens,
+        )
 
         def recompute_ps(depth: int) -> int:
-            past = depth * block
-            return self.line.prefill_ps(
-                s.target_tokens - past,
-                past=past,
-                chunk=chunk,
-                decodes=decodes,
-                context_tokens=context,
-            )
+            past = depth * self._block
+            return rate(s.target_tokens - past, past)
 
         best, best_ps, best_fetch = device, recompute_ps(device), 0
         bytes_by_tier: dict[int, int] = {}
