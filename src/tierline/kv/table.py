@@ -45,6 +45,11 @@ class BlockTable:
         return len(self._pages) // self._group.pages_per_block
 
     @property
+    def entries(self) -> Sequence[int]:
+        """The pages of all blocks, `HOLE` where the window has passed: a live view."""
+        return self._pages
+
+    @property
     def first_token(self) -> int:
         """The first position that is still held."""
         return self._holes * self._block_tokens
