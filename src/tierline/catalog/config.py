@@ -44,6 +44,26 @@ class Fields:
         """A whole number, or None where the field is absent."""
         return self.count(key) if self.has(key) else None
 
+    def number(self, key: str, default: float | None = None) -> float:
+        """A number above zero; without a default the field is required."""
+        value = self._values.get(key)
+        if value is None:
+            if default is None:
+                self.missing.append(key)
+            return 1.0 if default is None else default
+        if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < 1e30:
+            raise self.error(f"{key} is {value!r}, not a number above zero")
+        return float(value)
+
+    def word(self, key: str, default: str, *, known: Collection[str]) -> str:
+        """One of the `known` words."""
+        value = self._values.get(key)
+        if value is None:
+            return default
+        if not isinstance(value, str) or value not in known:
+            raise self.error(f"{key} is {value!r}, not {' or '.join(sorted(known))}")
+        return value
+
     def flag(self, key: str, default: bool) -> bool:
         """True or false."""
         value = self._values.get(key)

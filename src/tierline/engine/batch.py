@@ -5,7 +5,9 @@ all sequences lie in one row of numbers, without padding: sequence s has rows st
 starts[s + 1], and its last token has position lengths[s] - 1.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import TypeVar, cast
 
 import numpy as np
 import torch
@@ -16,6 +18,7 @@ from tierline.kv.names import BlockNames
 from tierline.kv.table import BlockTable
 
 Int32s = NDArray[np.int32]
+T = TypeVar("T")
 
 
 @dataclass(slots=True, kw_only=True)
@@ -31,6 +34,7 @@ class Batch:
     ]  # of each group [S, entries]: page of block b, part p at b x parts + p
     wanted: Int32s  # [R] rows
     _on_device: dict[str, torch.Tensor] = field(default_factory=dict)
+    _derived: dict[tuple[object, ...], object] = field(default_factory=dict)
 
     @property
     def sequences(self) -> int:
@@ -46,6 +50,13 @@ class Batch:
             found = torch.from_numpy(np.ascontiguousarray(array)).to(device, non_blocking=True)
             self._on_device[name] = found
         return found
+
+    def derived(self, *key: object, make: Callable[[], T]) -> T:
+        """What many layers of this step compute alike, computed once: masks, slots, angles."""
+        found = self._derived.get(key)
+        if found is None:
+            found = self._derived[key] = make()
+        return cast(T, found)
 
 
 class Tables:

@@ -14,12 +14,13 @@ from typing import Any
 class Rope:
     """Rotary positions: angle i of token p is p times `inverse_frequencies[i]`.
 
-    Half-split order (NeoX): dimension i turns with dimension i + n/2.  `scale` multiplies
-    cosine and sine (YaRN's attention factor).
+    Half-split order (NeoX): dimension i turns with dimension i + n/2; interleaved (GPT-J),
+    2i with 2i + 1.  `scale` multiplies cosine and sine (YaRN's attention factor).
     """
 
     inverse_frequencies: tuple[float, ...]  # half as many as dimensions that turn
     scale: float = 1.0
+    interleaved: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -41,10 +42,19 @@ class Attention:
         """Elements that one token leaves in this layer's cache."""
         return 2 * self.kv_heads * self.head_dim
 
+    @property
+    def value_dim(self) -> int:
+        """Elements of one head's output."""
+        return self.head_dim
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LatentAttention:
-    """Multi-head latent attention (DeepSeek-V2): one latent is cached for all heads."""
+    """Multi-head latent attention (DeepSeek-V2): one latent is cached for all heads.
+
+    With the projections of keys and values moved over to queries and outputs, it is attention
+    with one KV head whose key is latent and rotated part, and whose value is the latent.
+    """
 
     heads: int
     nope_dim: int
@@ -55,11 +65,23 @@ class LatentAttention:
     rope: Rope
     scale: float
     window_tokens: int | None = None
+    down_bias: bool = False  # of the projections to q and kv latents
+    out_bias: bool = False
 
     @property
     def kv_elements_per_token(self) -> int:
         """Elements that one token leaves in this layer's cache."""
         return self.kv_rank + self.rope_dim
+
+    @property
+    def kv_heads(self) -> int:
+        """Heads as the cache sees them."""
+        return 1
+
+    @property
+    def value_dim(self) -> int:
+        """Elements of one head's output before it leaves the latent space."""
+        return self.kv_rank
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -100,7 +122,8 @@ class Decoder:
     `weight_names` gives the checkpoint's name of one of ours: `embed`, `norm`, `head`, and in
     layer i `layers.i.` + q, k, v, o, q.bias, ..., q_norm, k_norm, norm (before attention),
     post_attention_norm, ffn_norm (before the feed-forward), post_ffn_norm, gate, up, down,
-    router, experts.j.gate, ..., shared.gate, ....
+    router, experts.j.gate, ..., shared.gate, ....  Latent attention has q or q_down,
+    q_down_norm, q_up; and kv_down, kv_norm, kv_up.
     """
 
     architecture: str
