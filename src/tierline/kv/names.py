@@ -49,6 +49,10 @@ class BlockNames:
         """The block table of each cache group."""
         return self._tables[sequence_id]
 
+    def __contains__(self, sequence_id: int) -> bool:
+        """Whether the sequence names any block."""
+        return sequence_id in self._tables
+
     def state(self, sequence_id: int) -> list[int]:
         """The pages of the recurrent state."""
         return self._states[sequence_id]

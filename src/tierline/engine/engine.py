@@ -1,0 +1,374 @@
+"""Real answers from the one scheduler: requests go in, tokens come out, a step at a time.
+
+Nothing here waits or runs by itself.  Whoever owns an engine (`llm`, `async_engine`, a test
+with a virtual clock) calls `step` for as long as it is not idle, from one thread.
+
+A step: the scheduler decides, the executor computes, the sampler chooses, and then every
+token is accounted: to its text, to its stop conditions, to the scheduler.
+
+Invariants
+    INV-ENG-1  every request that was added ends in exactly one finish for each answer
+    INV-ENG-2  once idle, no sequence holds a block
+"""
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any, Protocol
+
+import torch
+
+from tierline.base.clock import FOREVER_PS, PS_PER_S
+from tierline.base.errors import RequestError
+from tierline.base.rng import stream_seed
+from tierline.engine.executor import Executor
+from tierline.engine.generation import Delta, Generation, TokenLogprob
+from tierline.engine.sampling import Sampled, Sampler, SamplingParams
+from tierline.engine.stops import StopChecker
+from tierline.engine.tokenizer import Detokenizer, Tokenizer
+from tierline.kv.chain import chain_of, salt
+from tierline.scheduling.scheduler import Scheduler
+from tierline.scheduling.sequence import DONE
+from tierline.scheduling.sequence import Sequence as Scheduled
+from tierline.scheduling.step import Step
+
+OUT_OF_MEMORY = (torch.OutOfMemoryError, MemoryError)
+BATCH_TOKENS_LEAST = 64  # a step that does not fit even so fails somebody
+
+
+class Clock(Protocol):
+    """Where instants come from."""
+
+    def now_ps(self) -> int:
+        """Picoseconds since some start."""
+        ...
+
+
+class Engine:
+    """One model, one scheduler, one executor."""
+
+    def __init__(
+        self,
+        executor: Executor,
+        scheduler: Scheduler,
+        *,
+        clock: Clock,
+        vocabulary: int,
+        positions_max: int,
+        revision: str,
+        eos_ids: frozenset[int] = frozenset(),
+        tokenizer: Tokenizer | None = None,
+        seed: int = 0,
+    ) -> None:
+        """`positions_max` bounds prompt and output together; `revision` names the weights."""
+        self.executor, self.scheduler, self.clock = executor, scheduler, clock
+        self.vocabulary, self.positions_max = vocabulary, positions_max
+        self.tokenizer, self.eos_ids = tokenizer, eos_ids
+        device = executor.arena.data.device
+        self.sampler = Sampler(vocabulary, device=device, eos_ids=sorted(eos_ids))
+        self._revision, self._seed = revision, seed
+        self._requests = self._sequences = 0
+        self._generations: dict[int, Generation] = {}  # by sequence
+        self._texts: dict[int, list[int]] = {}
+        self._open: dict[int, list[Generation]] = {}  # by request, answers that go on
+
+    # --- requests ---------------------------------------------------------------------------
+
+    def add(
+        self,
+        prompt: Sequence[int],
+        params: SamplingParams,
+        *,
+        rank: int = 0,
+        ttft_s: float | None = None,
+        itl_s: float | None = None,
+        tenant: str = "",
+    ) -> int:
+        """Take a request in; the answer is the number that its deltas carry.
+
+        `rank` 0 is the most urgent class; `ttft_s` and `itl_s` are promises that the scheduler
+        keeps if it can; tenants share no cached prefixes.  Raises `RequestError` for what no
+        engine could serve, `DoesNotFitError` for what this one's memory can not.
+        """
+        self._require(prompt)
+        now_ps = self.clock.now_ps()
+        room = self.positions_max - len(prompt)
+        most = room if params.max_tokens is None else min(params.max_tokens, room)
+        layout = self.scheduler.layout
+        start = salt(model_revision=self._revision, tenant=tenant)
+        chain = chain_of(prompt, block_tokens=layout.block_tokens, start=start)
+        request_id = self._requests
+        generations = []
+        for index in range(params.n):
+            sequence = Scheduled(
+                self._sequences + index,
+                arrival_ps=now_ps,
+                prompt_tokens=len(prompt),
+                output_max_tokens=most,
+                rank=rank,
+                due_ps=FOREVER_PS if ttft_s is None else now_ps + round(ttft_s * PS_PER_S),
+                itl_ps=FOREVER_PS if itl_s is None else round(itl_s * PS_PER_S),
+                tenant=tenant,
+                chain=chain,
+            )
+            generations.append(self._generation(request_id, index, sequence, params, prompt))
+        first = generations[0]
+        self.scheduler.add(first.sequence)  # may raise: nothing was entered yet
+        first.siblings = generations[1:]
+        self._requests += 1
+        self._sequences += params.n
+        self._open[request_id] = generations
+        self._enter(first)
+        return request_id
+
+    def cancel(self, request_id: int) -> list[Delta]:
+        """Nobody wants the answers any more; to be called between steps."""
+        deltas = []
+        for g in list(self._open.get(request_id, ())):
+            self._drop(g)
+            deltas.append(self._ended(g, "cancelled"))
+        return deltas
+
+    @property
+    def idle(self) -> bool:
+        """Whether every request has ended."""
+        return not self._open
+
+    def require_idle(self) -> None:
+        """INV-ENG-2: nobody is here, and nobody holds a block."""
+        scheduler, index = self.scheduler, self.scheduler.index
+        scheduler.check()
+        assert scheduler.idle
+        assert not self._open
+        assert not self._generations
+        cached = index.device_blocks * scheduler.layout.pages_per_block
+        assert scheduler.pages.free + cached == scheduler.pages.total
+        pool = self.executor.names.pool
+        assert pool.blocks_free == scheduler.pages.free
+        self.executor.names.check()
+
+    def _require(self, prompt: Sequence[int]) -> None:
+        if not prompt:
+            raise RequestError("the prompt is empty", hint="give at least one token")
+        if len(prompt) >= self.positions_max:
+            raise RequestError(
+                f"the prompt has {len(prompt)} tokens; the model takes {self.positions_max}"
+                " with the answer",
+                hint="shorten the prompt",
+            )
+        if min(prompt) < 0 or max(prompt) >= self.vocabulary:
+            wrong = next(t for t in prompt if not 0 <= t < self.vocabulary)
+            raise RequestError(
+                f"token {wrong} is not in the vocabulary of {self.vocabulary}",
+                hint="was the prompt encoded with another model's tokenizer?",
+            )
+
+    def _generation(
+        self,
+        request_id: int,
+        index: int,
+        sequence: Scheduled,
+        params: SamplingParams,
+        prompt: Sequence[int],
+    ) -> Generation:
+        seed = stream_seed(self._seed, f"request {request_id}")
+        tokenizer = self.tokenizer
+        return Generation(
+            request_id=request_id,
+            index=index,
+            sequence=sequence,
+            params=params,
+            tokens=list(prompt),
+            prompt_tokens=len(prompt),
+            output_max_tokens=sequence.output_max_tokens,
+            row=self.sampler.open(params, prompt=prompt, seed=seed, child=index),
+            detokenizer=tokenizer and Detokenizer(tokenizer),
+            stops=StopChecker(params.stop) if params.stop else None,
+        )
+
+    def _enter(self, g: Generation) -> None:
+        self._generations[g.sequence.id] = g
+        self._texts[g.sequence.id] = g.tokens
+
+    # --- a step -----------------------------------------------------------------------------
+
+    def step(self) -> list[Delta]:
+        """Compute one step, if there is anything to compute; what it added, in batch order."""
+        scheduler = self.scheduler
+        step = scheduler.next_step(self.clock.now_ps(), 1)
+        for s in step.preempted:
+            self.executor.leave(s)
+        if step.empty:
+            return []
+        try:
+            sampling, logits = self.executor.compute(step, self._texts)
+        except OUT_OF_MEMORY:
+            return self._out_of_memory(step)
+        sampled, generations = self._sample(sampling, logits)
+        now_ps = self.clock.now_ps()
+        deltas = [self._push(g, sampled, at, now_ps) for at, g in enumerate(generations)]
+        self._account(step, deltas, generations, now_ps)
+        return deltas
+
+    def _sample(
+        self, sampling: list[Scheduled], logits: torch.Tensor
+    ) -> tuple[Sampled, list[Generation]]:
+        """One token for everybody who reached an end; answers that share a prompt share a row."""
+        generations: list[Generation] = []
+        rows: list[int] = []
+        for row, s in enumerate(sampling):
+            g = self._generations[s.id]
+            generations += [g, *g.siblings]
+            rows += [row] * (1 + len(g.siblings))
+        if len(rows) > len(sampling):
+            logits = logits[rows]
+        return self.sampler.sample(logits, [g.row for g in generations]), generations
+
+    def _push(self, g: Generation, sampled: Sampled, at: int, now_ps: int) -> Delta:
+        """One token of one answer: its text, and whether it was the last."""
+        if at in sampled.errors:
+            error = str(sampled.errors[at])
+            return self._delta(g, now_ps, text=self._rest(g), finish_reason="error", error=error)
+        token, logprob = sampled.tokens[at], sampled.logprobs[at]
+        g.tokens.append(token)
+        g.row.append(token)
+        logprobs: tuple[TokenLogprob, ...] = ()
+        if logprob is not None:
+            top = tuple(sampled.top_logprobs[at] or ())
+            logprobs = (TokenLogprob(token=token, logprob=logprob, top=top),)
+        text, reason, stop = self._advance(g, token)
+        return self._delta(
+            g,
+            now_ps,
+            token_ids=(token,),
+            text=text,
+            logprobs=logprobs,
+            finish_reason=reason,
+            stop=stop,
+        )
+
+    def _advance(self, g: Generation, token: int) -> tuple[str, str | None, str | int | None]:
+        """(text that is certain now, finish reason, what stopped it)."""
+        params = g.params
+        enough = g.output_tokens >= params.min_tokens
+        ends = token in params.stop_token_ids or (token in self.eos_ids and not params.ignore_eos)
+        if ends and enough:
+            return self._rest(g), "stop", token
+        text = g.detokenizer.push(token) if g.detokenizer else ""
+        if g.stops is not None:
+            text, hit = g.stops.push(text)
+            if hit is not None and enough:
+                return text, "stop", hit
+        if g.output_tokens >= g.output_max_tokens:
+            return text + self._rest(g), "length", None
+        return text, None, None
+
+    def _rest(self, g: Generation) -> str:
+        """Text that was held back and is certain at the end."""
+        text = g.detokenizer.flush() if g.detokenizer else ""
+        if g.stops is not None:
+            text, hit = g.stops.push(text)
+            if hit is None:
+                text += g.stops.flush()
+        return text
+
+    def _account(
+        self, step: Step, deltas: list[Delta], generations: list[Generation], now_ps: int
+    ) -> None:
+        """Tell the scheduler, and let answers that share a prompt begin."""
+        scheduler, names = self.scheduler, self.executor.names
+        over = [g for g, d in zip(generations, deltas, strict=True) if d.finish_reason is not None]
+        finished = [g.sequence for g in over if g.sequence.id in self._generations]
+        parents = [g for g in generations if g.siblings]
+        scheduler.complete(step, 1, finished, now_ps)
+        for s in finished:
+            self.executor.leave(s)
+        if scheduler.layout.windowed:
+            for i in scheduler.decoding:
+                names.slide(i)
+        for parent in parents:
+            self._split(parent, over)
+        for g in over:
+            self._close(g)
+
+    def _split(self, parent: Generation, over: list[Generation]) -> None:
+        """The prompt is computed: the other answers go on from it, each in its own blocks."""
+        for child in parent.siblings:
+            if child in over:
+                continue
+            self._enter(child)
+            if parent not in over and self.scheduler.fork(parent.sequence, child.sequence):
+                continue
+            # No room beside the parent, or it has ended already: the child comes as a request
+            # of its own, with its first token at the end of its prompt.
+            self.scheduler.add(self._anew(child))
+        parent.siblings = []
+
+    def _anew(self, g: Generation) -> Scheduled:
+        s, layout = g.sequence, self.scheduler.layout
+        start = salt(model_revision=self._revision, tenant=s.tenant)
+        g.sequence = Scheduled(
+            s.id,
+            arrival_ps=s.arrival_ps,
+            prompt_tokens=len(g.tokens),
+            output_max_tokens=g.output_max_tokens - g.output_tokens,
+            rank=s.rank,
+            due_ps=s.due_ps,
+            itl_ps=s.itl_ps,
+            tenant=s.tenant,
+            chain=chain_of(g.tokens, block_tokens=layout.block_tokens, start=start),
+        )
+        return g.sequence
+
+    # --- ends -------------------------------------------------------------------------------
+
+    def _drop(self, g: Generation) -> None:
+        """Take an answer out of the scheduler between steps."""
+        if g.sequence.id in self._generations and g.sequence.state != DONE:
+            self.scheduler.cancel(g.sequence)
+            self.executor.leave(g.sequence)
+
+    def _ended(self, g: Generation, reason: str, error: str | None = None) -> Delta:
+        delta = self._delta(
+            g, self.clock.now_ps(), text=self._rest(g), finish_reason=reason, error=error
+        )
+        for child in g.siblings:  # they waited for a prompt that is not computed
+            self._close(child)
+        self._close(g)
+        return delta
+
+    def _close(self, g: Generation) -> None:
+        self._generations.pop(g.sequence.id, None)
+        self._texts.pop(g.sequence.id, None)
+        others = self._open.get(g.request_id, [])
+        if g in others:
+            others.remove(g)
+        if not others:
+            self._open.pop(g.request_id, None)
+
+    def _out_of_memory(self, step: Step) -> list[Delta]:
+        """The step did not fit: smaller ones from now on, or the last to come gives up."""
+        self.executor.undo(step)
+        limits = self.scheduler.limits
+        if limits.batch_tokens > BATCH_TOKENS_LEAST:
+            self.scheduler.limits = replace(
+                limits,
+                batch_tokens=max(limits.batch_tokens // 2, BATCH_TOKENS_LEAST),
+                chunk_tokens=max(limits.chunk_tokens // 2, BATCH_TOKENS_LEAST),
+            )
+            return []
+        last = step.chunks[-1][0] if step.chunks else list(step.decoding.values())[-1]
+        g = self._generations[last.id]
+        self._drop(g)
+        return [self._ended(g, "error", "out of memory")]
+
+    def _delta(self, g: Generation, now_ps: int, **fields: Any) -> Delta:
+        values: dict[str, Any] = {"token_ids": (), "text": "", **fields}
+        g.text += values["text"]
+        return Delta(
+            request_id=g.request_id,
+            index=g.index,
+            prompt_tokens=g.prompt_tokens,
+            cached_tokens=g.sequence.hit_tokens,
+            at_ps=now_ps,
+            **values,
+        )

@@ -1,0 +1,59 @@
+"""One answer being generated, and what a caller is told of it.
+
+A request for n answers is n generations that share their prompt's blocks.
+"""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from tierline.engine.sampling import SamplingParams
+from tierline.scheduling.sequence import Sequence
+
+
+@dataclass(slots=True, kw_only=True, eq=False)
+class Generation:
+    """The state of one answer: its tokens, and who turns them into text."""
+
+    request_id: int
+    index: int  # of the answer among the n of its request
+    sequence: Sequence
+    params: SamplingParams
+    tokens: list[int]  # prompt and output
+    prompt_tokens: int
+    output_max_tokens: int
+    row: Any  # the sampler's state
+    detokenizer: Any  # None: nobody wants text
+    stops: Any  # None: no stop strings
+    siblings: list["Generation"] = field(default_factory=list)  # that wait for its prompt
+    text: str = ""
+
+    @property
+    def output_tokens(self) -> int:
+        """Tokens generated so far."""
+        return len(self.tokens) - self.prompt_tokens
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TokenLogprob:
+    """A chosen token, and the most likely ones where the request asked for them."""
+
+    token: int
+    logprob: float
+    top: tuple[tuple[int, float], ...] = ()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Delta:
+    """What one step added to one answer."""
+
+    request_id: int
+    index: int
+    token_ids: tuple[int, ...]
+    text: str
+    logprobs: tuple[TokenLogprob, ...] = ()
+    finish_reason: str | None = None  # "stop", "length", "cancelled" or "error"
+    stop: str | int | None = None  # the string or token that ended it
+    error: str | None = None
+    prompt_tokens: int = 0
+    cached_tokens: int = 0  # of the prompt, found in the cache
+    at_ps: int = 0
