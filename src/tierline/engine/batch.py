@@ -56,7 +56,7 @@ class Batch:
         found = self._derived.get(key)
         if found is None:
             found = self._derived[key] = make()
-        return cast(T, found)
+        return cast("T", found)
 
 
 class Tables:

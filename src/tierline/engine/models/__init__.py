@@ -1,0 +1,37 @@
+"""From a `config.json` to a `Decoder`: one file for each architecture.
+
+`checkpoint` calls `decoder_of`.  Adding an architecture is one file here, one line in the
+table, and one entry in `tests/tiny_checkpoints.py`, which the parity tests then run against
+transformers: docs/internals/add-an-architecture.md walks through it.
+"""
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from tierline.base.errors import SpecError
+from tierline.catalog.config import Fields
+from tierline.engine.decoder import Decoder
+from tierline.engine.models import llama
+from tierline.engine.models.parts import fields_of
+
+ARCHITECTURES: Mapping[str, Callable[[Fields], Decoder]] = {
+    "LlamaForCausalLM": llama.decoder,
+}
+
+
+def decoder_of(config: Mapping[str, Any]) -> Decoder:
+    """The network that a `config.json` describes.
+
+    Raises SpecError for an architecture that is not known, for missing fields, and for what
+    a config asks for and the engine does not compute.
+    """
+    named = config.get("architectures")
+    name = named[0] if isinstance(named, list) and named else config.get("model_type")
+    if not isinstance(name, str) or name not in ARCHITECTURES:
+        known = ", ".join(sorted(ARCHITECTURES))
+        raise SpecError(
+            f"the engine does not know the architecture {name!r}",
+            hint=f"known: {known}; another one is one file and one test,"
+            " see docs/internals/add-an-architecture.md",
+        )
+    return ARCHITECTURES[name](fields_of(config))
