@@ -17,8 +17,8 @@ from collections.abc import Callable
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from numpy.typing import NDArray
+from torch.nn import functional
 
 from tierline.engine.arena import Arena
 from tierline.engine.batch import Batch
@@ -178,12 +178,12 @@ def _grouped(
     if rows == 1:
         q = q.view(batch, attention.kv_heads, group, -1)
         heard = mask[:, None].expand(-1, -1, group, -1)
-        out = F.scaled_dot_product_attention(q, keys, values, heard, scale=attention.scale)
+        out = functional.scaled_dot_product_attention(q, keys, values, heard, scale=attention.scale)
         return out.reshape(batch, attention.heads, -1)
     assert batch == 1
     q = q.view(rows, attention.kv_heads, group, -1).permute(1, 2, 0, 3)
     shape = (attention.kv_heads, group, tokens, -1)
-    out = F.scaled_dot_product_attention(
+    out = functional.scaled_dot_product_attention(
         q,
         keys[0, :, None].expand(shape),
         values[0, :, None].expand(shape),

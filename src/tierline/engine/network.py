@@ -13,7 +13,7 @@ import functools
 from collections.abc import Callable, Mapping
 
 import torch
-import torch.nn.functional as F
+from torch.nn import functional
 
 from tierline.engine.arena import Arena
 from tierline.engine.attention import attend
@@ -23,9 +23,10 @@ from tierline.engine.rope import Angles, rotate, turning
 
 Weights = Callable[[str], torch.Tensor]  # our name -> the tensor, on the CPU
 Product = Callable[[torch.Tensor], torch.Tensor]
+Shapes = dict[str, tuple[int, ...]]
 ACTIVATIONS: Mapping[str, Callable[[torch.Tensor], torch.Tensor]] = {
-    "silu": F.silu,
-    "gelu_tanh": functools.partial(F.gelu, approximate="tanh"),
+    "silu": functional.silu,
+    "gelu_tanh": functools.partial(functional.gelu, approximate="tanh"),
 }
 
 
@@ -61,7 +62,7 @@ class Network:
     def logits(self, batch: Batch, arena: Arena) -> torch.Tensor:
         """Run the step and write its keys and values; float32 logits [R, vocabulary]."""
         decoder = self.decoder
-        x = F.embedding(batch.tensor("tokens", self.device), self.embed)
+        x = functional.embedding(batch.tensor("tokens", self.device), self.embed)
         if decoder.embedding_scale != 1:
             x = x * torch.tensor(decoder.embedding_scale, dtype=x.dtype, device=x.device)
         for layer in self.layers:
@@ -90,7 +91,7 @@ class Linear:
             pointwise = torch.ops.mkldnn._linear_pointwise
             self._product = lambda x, bias: pointwise(x, packed, bias, "none", [], "")
         else:
-            self._product = lambda x, bias: F.linear(x, weight, bias)
+            self._product = lambda x, bias: functional.linear(x, weight, bias)
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         """[..., in] -> [..., out]."""
@@ -171,8 +172,11 @@ class _Layer:
     def __init__(self, decoder: Decoder, number: int, load: _Loader) -> None:
         layer = decoder.layers[number]
         self._last = number == len(decoder.layers) - 1
-        make = _Latent if isinstance(layer.attention, LatentAttention) else _Heads
-        self._attention = make(layer.attention, number, load)  # type: ignore[arg-type]
+        self._attention: _Heads | _Latent
+        if isinstance(layer.attention, LatentAttention):
+            self._attention = _Latent(layer.attention, number, load)
+        else:
+            self._attention = _Heads(layer.attention, number, load)
         if isinstance(layer.ffn, Dense):
             self._ffn: Product = _Gated(layer.ffn.activation, load)
         else:
@@ -211,12 +215,20 @@ class _Heads:
 
     def __call__(self, x: torch.Tensor, batch: Batch, arena: Arena, how: str) -> torch.Tensor:
         shape = self._shape
-        heads = self._qkv(x).unflatten(-1, (-1, shape.head_dim))
+        heads = self._qkv(x).view(len(x), -1, shape.head_dim)
         turned = shape.heads + shape.kv_heads  # queries and keys are normed and rotated together
         angles = _angles(shape, batch, x)
         qk = rotate(self._qk_norm(heads[:, :turned]), angles, interleaved=shape.rope.interleaved)
-        q, k = qk.split((shape.heads, shape.kv_heads), 1)
-        out = attend(q, k, heads[:, turned:], batch, arena, self._number, shape, how=how)
+        out = attend(
+            qk[:, : shape.heads],
+            qk[:, shape.heads :],
+            heads[:, turned:],
+            batch,
+            arena,
+            self._number,
+            shape,
+            how=how,
+        )
         return self._out(out.flatten(1))
 
 
@@ -233,21 +245,20 @@ class _Latent:
             up = load.linear("q_up")
             self._queries = lambda x: up(norm(down(x)))
         self._down, self._norm = load.linear("kv_down", bias=bias), load.norm("kv_norm")
-        heads = load.tensor("kv_up").unflatten(0, (attention.heads, -1))  # [heads, nope + v, rank]
-        self._to_latent, self._from_latent = heads.split(
-            (attention.nope_dim, attention.v_head_dim), 1
-        )
+        up_by_head = load.tensor("kv_up").view(attention.heads, -1, attention.kv_rank)
+        self._to_latent = up_by_head[:, : attention.nope_dim]  # [heads, nope, rank]
+        self._from_latent = up_by_head[:, attention.nope_dim :]  # [heads, v, rank]
         self._out = load.linear("o", bias=attention.out_bias)
 
     def __call__(self, x: torch.Tensor, batch: Batch, arena: Arena, how: str) -> torch.Tensor:
         shape, angles = self._shape, _angles(self._shape, batch, x)
         turn = functools.partial(rotate, angles=angles, interleaved=shape.rope.interleaved)
-        q = self._queries(x).unflatten(-1, (shape.heads, -1))
-        nope, rope = q.split((shape.nope_dim, shape.rope_dim), -1)
-        latent_q = torch.einsum("thn,hnr->thr", nope, self._to_latent)
-        q = torch.cat((latent_q, turn(rope)), -1)
-        latent, rope = self._down(x).split((shape.kv_rank, shape.rope_dim), -1)
-        k = torch.cat((self._norm(latent)[:, None], turn(rope[:, None])), -1)
+        q = self._queries(x).view(len(x), shape.heads, -1)
+        latent_q = torch.einsum("thn,hnr->thr", q[..., : shape.nope_dim], self._to_latent)
+        q = torch.cat((latent_q, turn(q[..., shape.nope_dim :])), -1)
+        kv = self._down(x)[:, None]
+        latent, turned = self._norm(kv[..., : shape.kv_rank]), turn(kv[..., shape.kv_rank :])
+        k = torch.cat((latent, turned), -1)
         out = attend(q, k, None, batch, arena, self._number, shape, how=how)
         return self._out(torch.einsum("thr,hvr->thv", out, self._from_latent).flatten(1))
 
@@ -306,9 +317,9 @@ class _Routed:
     def _route(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Weights and numbers of each token's experts, both [T, active]."""
         shape = self._shape
-        scores = F.linear(x.float(), self._router).softmax(-1)
+        scores = functional.linear(x.float(), self._router).softmax(-1)
         if shape.groups > 1:  # a token looks only into the groups that hold its best experts
-            grouped = scores.unflatten(-1, (shape.groups, -1))
+            grouped = scores.view(len(x), shape.groups, -1)
             best = grouped.amax(-1).topk(shape.groups_active, -1).indices
             closed = torch.ones_like(grouped[..., 0], dtype=torch.bool).scatter_(-1, best, False)
             scores = grouped.masked_fill(closed[..., None], 0).flatten(-2)
@@ -321,24 +332,23 @@ class _Routed:
 # --- what a decoder needs -------------------------------------------------------------------
 
 
-def weight_shapes(decoder: Decoder) -> Mapping[str, tuple[int, ...]]:
+def weight_shapes(decoder: Decoder) -> Shapes:
     """Every tensor of a decoder, by our name, with its shape."""
     hidden = decoder.hidden
-    shapes: dict[str, tuple[int, ...]] = {"embed": (decoder.vocabulary, hidden), "norm": (hidden,)}
+    shapes: Shapes = {"embed": (decoder.vocabulary, hidden), "norm": (hidden,)}
     if not decoder.tied:
         shapes["head"] = (decoder.vocabulary, hidden)
     for number, layer in enumerate(decoder.layers):
-        latent = isinstance(layer.attention, LatentAttention)
-        inner = {"norm": (hidden,), "ffn_norm": (hidden,)}
+        inner: Shapes = {"norm": (hidden,), "ffn_norm": (hidden,)}
         if layer.post_norms:
             inner |= {"post_attention_norm": (hidden,), "post_ffn_norm": (hidden,)}
-        inner |= (_latent_shapes if latent else _head_shapes)(layer.attention, hidden)
+        if isinstance(layer.attention, LatentAttention):
+            inner |= _latent_shapes(layer.attention, hidden)
+        else:
+            inner |= _head_shapes(layer.attention, hidden)
         inner |= _ffn_shapes(layer.ffn, hidden)
         shapes |= {f"layers.{number}.{name}": shape for name, shape in inner.items()}
     return shapes
-
-
-Shapes = dict[str, tuple[int, ...]]
 
 
 def _head_shapes(attention: Attention, hidden: int) -> Shapes:

@@ -89,7 +89,7 @@ def rope_parameters(
 
 
 def yarn_scale(factor: float, weight: float = 1.0) -> float:
-    """How much YaRN sharpens attention over `factor` times the trained context (its section 3.4)."""
+    """How much YaRN sharpens attention over `factor` times the trained context (section 3.4)."""
     return 1.0 if factor <= 1 else 0.1 * weight * math.log(factor) + 1.0
 
 
