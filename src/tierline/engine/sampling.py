@@ -31,9 +31,10 @@ from numpy.typing import NDArray
 from tierline.base.errors import DependencyError, RequestError, TierlineError
 
 CHUNK = 64  # logits under one maximum
-ROWS_AT_ONCE = 8  # whose weights are held at a time: they should stay in the cache
+WEIGHTS_AT_ONCE = 1 << 20  # of rows that are drawn: 4 MB, so that they stay in the cache
 CANDIDATES = 128  # first guess of how many tokens hold a row's top-p mass
 STOPS_MAX = 10_000
+STOP_CHARACTERS_MAX = 4_096
 LOGPROBS_MAX = 20
 N_MAX = 128
 _GOLDEN = 0x9E3779B97F4A7C15
@@ -147,13 +148,15 @@ def _listed(name: str, value: object, wanted: str) -> list[Any]:
 
 
 def _stops(stop: object) -> tuple[str, ...]:
-    wanted = f"a text, or up to {STOPS_MAX} texts, none of them empty"
+    wanted = f"up to {STOPS_MAX} texts of 1 to {STOP_CHARACTERS_MAX} characters"
     stops = [stop] if isinstance(stop, str) else _listed("stop", stop, wanted)
     if len(stops) > STOPS_MAX:
         raise RequestError(f"stop has {len(stops)} texts", hint=f"stop has to be {wanted}")
     for text in stops:
         if not isinstance(text, str) or not text:
             raise _wrong("stop", text, wanted)
+        if len(text) > STOP_CHARACTERS_MAX:
+            raise RequestError(f"stop has {len(text)} characters", hint=f"stop has to be {wanted}")
     return tuple(dict.fromkeys(stops))
 
 
@@ -465,8 +468,9 @@ class Sampler:
                 k = max(row.params.top_k for row in ranked)
                 tokens, _ = _ranked(x, peaks, _columns(ranked, best), k, None)
                 chosen |= zip((row.number for row in ranked), tokens.tolist(), strict=True)
-        for start in range(0, len(wide), ROWS_AT_ONCE):
-            chosen |= self._draw_wide(x, peaks, best, wide[start : start + ROWS_AT_ONCE])
+        at_once = max(1, WEIGHTS_AT_ONCE // x.shape[1])
+        for start in range(0, len(wide), at_once):
+            chosen |= self._draw_wide(x, peaks, best, wide[start : start + at_once])
         return chosen
 
     def _draw_wide(
@@ -486,8 +490,8 @@ class Sampler:
         chosen: dict[int, int] = {}
         if whole:
             tokens = _by_id(weights, sums, columns.uniform)
-            chosen = {drawn[place].number: token for place, token in enumerate(tokens.tolist())}
-        masses, k = sums[:, -1:], CANDIDATES
+            chosen = {drawn[place].number: int(tokens[place]) for place in whole}
+        masses, k = sums[:, -1:], min(CANDIDATES, x.shape[1])
         while nucleus:
             rows = [drawn[place] for place in nucleus]
             tokens, reached = _ranked(x, peaks, _columns(rows, best), k, masses[nucleus])
