@@ -12,7 +12,7 @@ Invariants
 """
 
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 import torch
@@ -26,7 +26,7 @@ from tierline.engine.sampling import Sampled, Sampler, SamplingParams
 from tierline.engine.stops import StopChecker
 from tierline.engine.tokenizer import Detokenizer, Tokenizer
 from tierline.kv.chain import chain_of, salt
-from tierline.scheduling.scheduler import Scheduler
+from tierline.scheduling.scheduler import Limits, Scheduler
 from tierline.scheduling.sequence import DONE
 from tierline.scheduling.sequence import Sequence as Scheduled
 from tierline.scheduling.step import Step
@@ -43,6 +43,23 @@ class Clock(Protocol):
         ...
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Facts:
+    """What was chosen, for whoever wants to print it."""
+
+    model: str
+    architecture: str
+    dtype: str
+    device: str
+    kernels: str  # which, or why not the native ones
+    weight_bytes: int
+    kv_bytes: int
+    kv_tokens: int
+    positions_max: int
+    limits: Limits
+    policy: str
+
+
 class Engine:
     """One model, one scheduler, one executor."""
 
@@ -55,14 +72,17 @@ class Engine:
         vocabulary: int,
         positions_max: int,
         revision: str,
+        facts: Facts,
         eos_ids: frozenset[int] = frozenset(),
         tokenizer: Tokenizer | None = None,
+        prefix_cache: bool = True,
         seed: int = 0,
     ) -> None:
         """`positions_max` bounds prompt and output together; `revision` names the weights."""
         self.executor, self.scheduler, self.clock = executor, scheduler, clock
         self.vocabulary, self.positions_max = vocabulary, positions_max
-        self.tokenizer, self.eos_ids = tokenizer, eos_ids
+        self.tokenizer, self.eos_ids, self.facts = tokenizer, eos_ids, facts
+        self._prefix_cache = prefix_cache
         device = executor.arena.data.device
         self.sampler = Sampler(vocabulary, device=device, eos_ids=sorted(eos_ids))
         self._revision, self._seed = revision, seed
@@ -93,9 +113,7 @@ class Engine:
         now_ps = self.clock.now_ps()
         room = self.positions_max - len(prompt)
         most = room if params.max_tokens is None else min(params.max_tokens, room)
-        layout = self.scheduler.layout
-        start = salt(model_revision=self._revision, tenant=tenant)
-        chain = chain_of(prompt, block_tokens=layout.block_tokens, start=start)
+        chain = self._chain(prompt, tenant)
         request_id = self._requests
         generations = []
         for index in range(params.n):
@@ -181,9 +199,17 @@ class Engine:
             prompt_tokens=len(prompt),
             output_max_tokens=sequence.output_max_tokens,
             row=self.sampler.open(params, prompt=prompt, seed=seed, child=index),
-            detokenizer=tokenizer and Detokenizer(tokenizer),
-            stops=StopChecker(params.stop) if params.stop else None,
+            detokenizer=tokenizer
+            and Detokenizer(tokenizer, skip_special=params.skip_special_tokens),
+            stops=_stop_checker(params) if tokenizer else None,
         )
+
+    def _chain(self, tokens: Sequence[int], tenant: str) -> list[int] | None:
+        """Names of the blocks that may be shared."""
+        if not self._prefix_cache:
+            return None
+        start = salt(model_revision=self._revision, tenant=tenant)
+        return chain_of(tokens, block_tokens=self.scheduler.layout.block_tokens, start=start)
 
     def _enter(self, g: Generation) -> None:
         self._generations[g.sequence.id] = g
@@ -254,10 +280,10 @@ class Engine:
         if ends and enough:
             return self._rest(g), "stop", token
         text = g.detokenizer.push(token) if g.detokenizer else ""
-        if g.stops is not None:
-            text, hit = g.stops.push(text)
-            if hit is not None and enough:
-                return text, "stop", hit
+        if g.stops is not None and enough:
+            text = g.stops.feed(text)
+            if g.stops.stopped is not None:
+                return text, "stop", g.stops.stopped
         if g.output_tokens >= g.output_max_tokens:
             return text + self._rest(g), "length", None
         return text, None, None
@@ -265,11 +291,10 @@ class Engine:
     def _rest(self, g: Generation) -> str:
         """Text that was held back and is certain at the end."""
         text = g.detokenizer.flush() if g.detokenizer else ""
-        if g.stops is not None:
-            text, hit = g.stops.push(text)
-            if hit is None:
-                text += g.stops.flush()
-        return text
+        if g.stops is None:
+            return text
+        text = g.stops.feed(text)
+        return text + g.stops.flush() if g.stops.stopped is None else text
 
     def _account(
         self, step: Step, deltas: list[Delta], generations: list[Generation], now_ps: int
@@ -296,16 +321,18 @@ class Engine:
             if child in over:
                 continue
             self._enter(child)
-            if parent not in over and self.scheduler.fork(parent.sequence, child.sequence):
+            if parent not in over and self._fork(parent.sequence, child.sequence):
                 continue
             # No room beside the parent, or it has ended already: the child comes as a request
             # of its own, with its first token at the end of its prompt.
             self.scheduler.add(self._anew(child))
         parent.siblings = []
 
+    def _fork(self, parent: Scheduled, child: Scheduled) -> bool:
+        return parent.chain is not None and self.scheduler.fork(parent, child)
+
     def _anew(self, g: Generation) -> Scheduled:
-        s, layout = g.sequence, self.scheduler.layout
-        start = salt(model_revision=self._revision, tenant=s.tenant)
+        s = g.sequence
         g.sequence = Scheduled(
             s.id,
             arrival_ps=s.arrival_ps,
@@ -315,7 +342,7 @@ class Engine:
             due_ps=s.due_ps,
             itl_ps=s.itl_ps,
             tenant=s.tenant,
-            chain=chain_of(g.tokens, block_tokens=layout.block_tokens, start=start),
+            chain=self._chain(g.tokens, s.tenant),
         )
         return g.sequence
 
@@ -372,3 +399,9 @@ class Engine:
             at_ps=now_ps,
             **values,
         )
+
+
+def _stop_checker(params: SamplingParams) -> StopChecker | None:
+    if not params.stop:
+        return None
+    return StopChecker(params.stop, include=params.include_stop_str_in_output)

@@ -1,0 +1,171 @@
+"""An engine on a thread of its own, for an event loop: what a server holds.
+
+The engine thread computes steps for as long as anybody waits and sleeps otherwise.  Requests
+and cancellations go to it through one queue, between steps; what a step added goes back to
+the loop in one call.  The thread never waits for a reader: a stream that nobody reads only
+fills its own queue, which is bounded by its request's tokens.
+"""
+
+import asyncio
+import threading
+from collections.abc import AsyncIterator, Callable, Sequence
+from queue import Empty, SimpleQueue
+from typing import Any
+
+from tierline.base.errors import DependencyError
+from tierline.engine.engine import Engine
+from tierline.engine.generation import Delta
+from tierline.engine.sampling import SamplingParams
+
+Command = Callable[[], None]
+
+
+class Stream:
+    """The deltas of one request, as they come."""
+
+    __slots__ = ("_coming", "_engine", "_left", "_queue", "request_id")
+
+    def __init__(self, engine: "AsyncEngine", request_id: int, answers: int) -> None:
+        self._engine, self.request_id = engine, request_id
+        self._coming = self._left = answers  # that have not ended: as told, and as read
+        self._queue: asyncio.Queue[Delta | BaseException] = asyncio.Queue()
+
+    async def __aiter__(self) -> AsyncIterator[Delta]:
+        """Until every answer has ended; whoever leaves early cancels the rest."""
+        try:
+            while self._left:
+                delta = await self._queue.get()
+                if isinstance(delta, BaseException):
+                    self._left = 0
+                    raise delta
+                self._left -= delta.finish_reason is not None
+                yield delta
+        finally:
+            self.close()
+
+    def close(self) -> None:
+        """Nobody reads on: what is not finished is cancelled."""
+        if self._left and self._coming:
+            self._engine.cancel(self.request_id)
+        self._left = 0
+
+    def push(self, delta: Delta | BaseException) -> bool:
+        """To be called on the event loop; True: nothing more will come."""
+        self._queue.put_nowait(delta)
+        self._coming -= isinstance(delta, BaseException) or delta.finish_reason is not None
+        return not self._coming
+
+
+class AsyncEngine:
+    """Owns an engine and its thread, on behalf of one event loop."""
+
+    def __init__(self, engine: Engine) -> None:
+        self.engine = engine
+        self._inbox: SimpleQueue[Command] = SimpleQueue()
+        self._streams: dict[int, Stream] = {}  # touched on the loop only
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._thread = threading.Thread(target=self._serve, name="engine", daemon=True)
+        self._stopping = False
+        self._failure: BaseException | None = None
+
+    async def start(self) -> None:
+        """Begin to serve, for the running event loop."""
+        self._loop = asyncio.get_running_loop()
+        self._thread.start()
+
+    async def stop(self) -> None:
+        """End after the step under way; streams that are open end with an error."""
+        self._inbox.put(self._stop)
+        await asyncio.to_thread(self._thread.join)
+        self._fail(DependencyError("the engine was stopped"))
+
+    async def add(self, prompt: Sequence[int], params: SamplingParams, **service: Any) -> Stream:
+        """Take a request in (`Engine.add`); raises what that raises."""
+        if self._failure is not None:
+            raise DependencyError(f"the engine has failed: {self._failure}")
+        entered: asyncio.Future[Stream] = asyncio.get_running_loop().create_future()
+        self._inbox.put(lambda: self._enter(entered, prompt, params, service))
+        try:
+            return await entered
+        except asyncio.CancelledError:
+            if entered.done() and not entered.cancelled() and entered.exception() is None:
+                entered.result().close()
+            raise
+
+    def cancel(self, request_id: int) -> None:
+        """Nobody wants the answers any more."""
+        self._streams.pop(request_id, None)
+        self._inbox.put(lambda: self._deliver(self.engine.cancel(request_id)))
+
+    # --- on the engine's thread -------------------------------------------------------------
+
+    def _serve(self) -> None:
+        try:
+            while not self._stopping:
+                self._obey()
+                deltas = self.engine.step()
+                if deltas:
+                    self._deliver(deltas)
+        except BaseException as error:  # our bug: nobody may wait for ever because of it
+            self._failure = error
+            self._call(self._fail, error)
+
+    def _obey(self) -> None:
+        """Everything that was asked for since the last step; waits while there is nothing to do."""
+        waits = self.engine.idle
+        while not self._stopping:
+            try:
+                command = self._inbox.get(block=waits)
+            except Empty:
+                return
+            command()
+            waits = self.engine.idle
+
+    def _enter(
+        self,
+        entered: "asyncio.Future[Stream]",
+        prompt: Sequence[int],
+        params: SamplingParams,
+        service: dict[str, Any],
+    ) -> None:
+        try:
+            request_id = self.engine.add(prompt, params, **service)
+        except Exception as error:
+            self._call(self._refused, entered, error)
+        else:
+            self._call(self._entered, entered, request_id, params.n)
+
+    def _stop(self) -> None:
+        self._stopping = True
+
+    def _deliver(self, deltas: list[Delta]) -> None:
+        self._call(self._spread, deltas)
+
+    def _call(self, function: Callable[..., None], *arguments: Any) -> None:
+        assert self._loop is not None
+        if not self._loop.is_closed():
+            self._loop.call_soon_threadsafe(function, *arguments)
+
+    # --- on the event loop ------------------------------------------------------------------
+
+    def _entered(self, entered: "asyncio.Future[Stream]", request_id: int, answers: int) -> None:
+        stream = self._streams[request_id] = Stream(self, request_id, answers)
+        if entered.cancelled():
+            stream.close()
+        else:
+            entered.set_result(stream)
+
+    def _refused(self, entered: "asyncio.Future[Stream]", error: Exception) -> None:
+        if not entered.cancelled():
+            entered.set_exception(error)
+
+    def _spread(self, deltas: list[Delta]) -> None:
+        for delta in deltas:
+            stream = self._streams.get(delta.request_id)
+            if stream is not None and stream.push(delta):
+                del self._streams[delta.request_id]
+
+    def _fail(self, error: BaseException) -> None:
+        for stream in self._streams.values():
+            stream.push(error)
+        self._streams.clear()

@@ -1,0 +1,183 @@
+"""Answers in one call: what a notebook or a script wants.
+
+    llm = LLM("demo")
+    for answer in llm.generate(["The capital of France is"], SamplingParams(max_tokens=20)):
+        print(answer.outputs[0].text)
+
+All prompts of a call share the engine, so they are batched and share prefixes.  One thread at
+a time: a server uses `async_engine`.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+from tierline.base.clock import PS_PER_S
+from tierline.base.errors import InputError
+from tierline.base.names import reject_unknown_keys
+from tierline.base.progress import progress_bar
+from tierline.engine.build import EngineOptions, Facts, open_engine
+from tierline.engine.demo import models_folder, resolve_model
+from tierline.engine.engine import Engine
+from tierline.engine.generation import Delta, TokenLogprob
+from tierline.engine.sampling import SamplingParams
+
+Prompt = str | Sequence[int]
+Messages = Sequence[Mapping[str, Any]]
+
+
+@dataclass(slots=True, kw_only=True)
+class Output:
+    """One answer."""
+
+    index: int
+    text: str = ""
+    token_ids: list[int] = field(default_factory=list)
+    logprobs: list[TokenLogprob] = field(default_factory=list)
+    finish_reason: str | None = None  # "stop", "length", "cancelled" or "error"
+    stop: str | int | None = None  # the string or token that ended it
+    error: str | None = None
+
+
+@dataclass(slots=True, kw_only=True)
+class Answer:
+    """What came of one prompt."""
+
+    prompt_token_ids: list[int]
+    outputs: list[Output]
+    cached_tokens: int = 0  # of the prompt, found in the cache
+    ttft_s: float = 0.0
+    total_s: float = 0.0
+
+
+class LLM:
+    """A model, ready to answer."""
+
+    def __init__(self, model: str | Path, **options: Any) -> None:
+        """`model` is a path (folder or GGUF file) or a name (`demo`); `options` are those of
+        `EngineOptions`.  Raises what `open_engine` raises."""
+        known = {f.name for f in fields(EngineOptions)}
+        reject_unknown_keys("LLM", options, known)
+        options.setdefault("kernels_folder", models_folder().parent / "kernels")
+        self.engine: Engine = open_engine(resolve_model(str(model)), EngineOptions(**options))
+        self.tokenizer = self.engine.tokenizer
+
+    @property
+    def facts(self) -> Facts:
+        """What was chosen: types, kernels, sizes."""
+        return self.engine.facts
+
+    def encode(self, prompt: Prompt) -> list[int]:
+        """The tokens of a prompt, as the model wants to see it begin."""
+        if not isinstance(prompt, str):
+            return list(prompt)
+        if self.tokenizer is None:
+            raise InputError(
+                "this checkpoint has no tokenizer",
+                hint="give token ids, or put tokenizer.json beside the weights",
+            )
+        return self.tokenizer.encode(prompt, special=True)
+
+    def generate(
+        self,
+        prompts: Prompt | Sequence[Prompt],
+        params: SamplingParams | Sequence[SamplingParams] | None = None,
+        *,
+        progress: bool = False,
+    ) -> list[Answer]:
+        """An answer for every prompt, in their order.
+
+        A prompt is text or token ids; `params` are one for all, or one each.  Raises
+        `RequestError` for a prompt that cannot be served, before anything is computed.
+        """
+        listed = _prompts(prompts)
+        each = _params(params, len(listed))
+        encoded = [self.encode(prompt) for prompt in listed]
+        start_ps = self.engine.clock.now_ps()
+        answers: dict[int, Answer] = {}
+        try:
+            for tokens, own in zip(encoded, each, strict=True):
+                outputs = [Output(index=i) for i in range(own.n)]
+                answers[self.engine.add(tokens, own)] = Answer(
+                    prompt_token_ids=tokens, outputs=outputs
+                )
+            with progress_bar(len(listed), what="answers", show=progress) as done:
+                self._run(answers, start_ps, done)
+        finally:  # an error or Ctrl-C leaves nobody in the engine
+            for request_id in answers:
+                self.engine.cancel(request_id)
+        return list(answers.values())
+
+    def stream(self, prompt: Prompt, params: SamplingParams | None = None) -> Iterator[Delta]:
+        """What each step adds to the answer; leaving the loop early cancels it."""
+        request_id = self.engine.add(self.encode(prompt), params or SamplingParams())
+        try:
+            while not self.engine.idle:
+                yield from (d for d in self.engine.step() if d.request_id == request_id)
+        finally:
+            self.engine.cancel(request_id)
+
+    def chat(
+        self,
+        messages: Messages,
+        params: SamplingParams | None = None,
+        *,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+    ) -> Answer:
+        """The model's next turn of one conversation."""
+        return self.generate([self.chat_prompt(messages, tools=tools)], params)[0]
+
+    def chat_prompt(
+        self, messages: Messages, *, tools: Sequence[Mapping[str, Any]] | None = None
+    ) -> list[int]:
+        """The tokens of a conversation under the model's own template."""
+        if self.tokenizer is None or not self.tokenizer.chat_template:
+            raise InputError(
+                f"model {self.facts.model!r} has no chat template", hint="use generate"
+            )
+        return self.tokenizer.encode_chat(messages, tools=tools)
+
+    def _run(self, answers: Mapping[int, Answer], start_ps: int, done: Any) -> None:
+        left = {request_id: len(answer.outputs) for request_id, answer in answers.items()}
+        while any(left.values()):
+            for delta in self.engine.step():
+                answer = answers[delta.request_id]
+                _extend(answer, delta, start_ps)
+                if delta.finish_reason is not None:
+                    left[delta.request_id] -= 1
+                    if done is not None and not left[delta.request_id]:
+                        done(1)
+
+
+def _extend(answer: Answer, delta: Delta, start_ps: int) -> None:
+    output = answer.outputs[delta.index]
+    output.text += delta.text
+    output.token_ids += delta.token_ids
+    output.logprobs += delta.logprobs
+    output.finish_reason, output.stop = delta.finish_reason, delta.stop
+    output.error = delta.error
+    answer.cached_tokens = delta.cached_tokens
+    answer.total_s = (delta.at_ps - start_ps) / PS_PER_S
+    answer.ttft_s = answer.ttft_s or answer.total_s
+
+
+def _prompts(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
+    if isinstance(prompts, str):
+        return [prompts]
+    listed = list(prompts)
+    if listed and all(isinstance(token, int) for token in listed):
+        return [listed]  # type: ignore[list-item]
+    return listed  # type: ignore[return-value]
+
+
+def _params(
+    params: SamplingParams | Sequence[SamplingParams] | None, count: int
+) -> list[SamplingParams]:
+    if params is None:
+        params = SamplingParams()
+    if isinstance(params, SamplingParams):
+        return [params] * count
+    if len(params) != count:
+        raise InputError(f"{len(params)} sampling parameters for {count} prompts")
+    return list(params)
