@@ -11,11 +11,27 @@ from typing import Any
 from tierline.base.errors import SpecError
 from tierline.catalog.config import Fields
 from tierline.engine.decoder import Decoder
-from tierline.engine.models import llama
+from tierline.engine.models import (
+    deepseek_v2,
+    gemma3,
+    llama,
+    mistral,
+    mixtral,
+    qwen2,
+    qwen3,
+    qwen3_moe,
+)
 from tierline.engine.models.parts import fields_of
 
 ARCHITECTURES: Mapping[str, Callable[[Fields], Decoder]] = {
+    "DeepseekV2ForCausalLM": deepseek_v2.decoder,
+    "Gemma3ForCausalLM": gemma3.decoder,
     "LlamaForCausalLM": llama.decoder,
+    "MistralForCausalLM": mistral.decoder,
+    "MixtralForCausalLM": mixtral.decoder,
+    "Qwen2ForCausalLM": qwen2.decoder,
+    "Qwen3ForCausalLM": qwen3.decoder,
+    "Qwen3MoeForCausalLM": qwen3_moe.decoder,
 }
 
 

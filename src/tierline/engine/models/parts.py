@@ -8,13 +8,13 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from tierline.catalog.config import LAYERS_MAX, Fields
-from tierline.engine.decoder import Attention, Decoder, Dense, Layer, Rope
+from tierline.engine.decoder import Attention, Decoder, Dense, Experts, Layer, Rope
 from tierline.engine.rope import rope_of
 
 ACTIVATIONS = {"silu": "silu", "gelu_pytorch_tanh": "gelu_tanh", "gelu_new": "gelu_tanh"}
 
 # Our names in a layer -> the published ones of Llama, which most architectures keep.
-LLAMA_LAYER: Mapping[str, str] = {
+LLAMA_LAYER: dict[str, str] = {
     "q": "self_attn.q_proj",
     "k": "self_attn.k_proj",
     "v": "self_attn.v_proj",
@@ -57,15 +57,21 @@ def names(layer: Mapping[str, str]) -> Callable[[str], str]:
     return name
 
 
+def experts_names(where: str, gate: str, up: str, down: str) -> dict[str, str]:
+    """Names inside a layer of routed experts that are published one by one."""
+    ours = {"gate": gate, "up": up, "down": down}
+    return {f"experts.*.{part}": f"{where}.*.{theirs}" for part, theirs in ours.items()}
+
+
 def layer_count(fields: Fields) -> int:
     """Decoder layers."""
     return fields.count("num_hidden_layers", most=LAYERS_MAX)
 
 
-def head_dim(fields: Fields) -> int:
-    """The size of a head: given, or what the heads share of the hidden size."""
-    if fields.has("head_dim"):
-        return fields.count("head_dim")
+def _head_dim(fields: Fields, default: int | None) -> int:
+    """The size of a head: given, or the architecture's, or what heads share of the hidden size."""
+    if default is not None or fields.has("head_dim"):
+        return fields.count("head_dim", default)
     hidden, heads = fields.count("hidden_size"), fields.count("num_attention_heads")
     fields.insist(
         hidden % heads == 0,
@@ -78,6 +84,7 @@ def head_dim(fields: Fields) -> int:
 def attention(
     fields: Fields,
     *,
+    head_dim: int | None = None,
     rope: Rope | None = None,
     scale: float | None = None,
     window_tokens: int | None = None,
@@ -85,8 +92,11 @@ def attention(
     out_bias: bool = False,
     qk_norm: bool = False,
 ) -> Attention:
-    """Grouped-query attention; without `rope` and `scale` the usual ones."""
-    dim = head_dim(fields)
+    """Grouped-query attention; without `rope` and `scale` the usual ones.
+
+    `head_dim` is what holds where the config does not say.
+    """
+    dim = _head_dim(fields, head_dim)
     heads = fields.count("num_attention_heads")
     kv_heads = fields.count("num_key_value_heads", heads)
     fields.insist(
@@ -107,17 +117,45 @@ def attention(
     )
 
 
-def dense(fields: Fields, *, activation_key: str = "hidden_act") -> Dense:
-    """The gated feed-forward network."""
+def dense(fields: Fields, *, activation_key: str = "hidden_act", activation: str = "silu") -> Dense:
+    """The gated feed-forward network; `activation` is what holds where the config is silent."""
     if fields.flag("mlp_bias", False):
         raise fields.error("mlp_bias is true, which the engine does not compute")
-    activation = fields.word(activation_key, "silu", known=ACTIVATIONS)
-    return Dense(intermediate=fields.count("intermediate_size"), activation=ACTIVATIONS[activation])
+    word = fields.word(activation_key, activation, known=ACTIVATIONS)
+    return Dense(intermediate=fields.count("intermediate_size"), activation=ACTIVATIONS[word])
 
 
-def plain_experts(fields: Fields) -> None:
-    """Experts are computed with SiLU; any other activation is an error."""
+def experts(
+    fields: Fields,
+    *,
+    count: str,
+    width: str,
+    normalised: bool,
+    scale: float = 1.0,
+    shared_intermediate: int = 0,
+    groups: int = 1,
+    groups_active: int = 1,
+) -> Experts:
+    """Routed experts with SiLU; `count` and `width` are the names of the fields."""
     fields.word("hidden_act", "silu", known=("silu",))
+    number, active = fields.count(count), fields.count("num_experts_per_tok")
+    fields.insist(number % groups == 0, f"{count} {number} is not a multiple of n_group {groups}")
+    fields.insist(groups_active <= groups, f"topk_group {groups_active} is more than {groups}")
+    open_to_a_token = number // groups * groups_active
+    fields.insist(
+        active <= open_to_a_token,
+        f"num_experts_per_tok {active} is more than the {open_to_a_token} open to a token",
+    )
+    return Experts(
+        experts=number,
+        experts_active=active,
+        intermediate=fields.count(width),
+        normalised=normalised,
+        scale=scale,
+        shared_intermediate=shared_intermediate,
+        groups=groups,
+        groups_active=groups_active,
+    )
 
 
 def kinds_of_layers(fields: Fields, layers: int, default: Callable[[int], bool]) -> list[bool]:
