@@ -179,6 +179,29 @@ def test_frequencies_of_fifty_thousand_draws(params: SamplingParams) -> None:
     assert fits(seen, reference(POST, params))
 
 
+@pytest.mark.parametrize("min_p", [0.0, 0.4])
+@pytest.mark.parametrize("top_p", [0.3, 0.9, 0.999])
+@pytest.mark.parametrize("coarse", [False, True])
+def test_a_broad_nucleus_is_that_of_a_full_sort(top_p: float, min_p: float, coarse: bool) -> None:
+    """Over a vocabulary whose mass no few tokens hold: first and last kept token, and a middle."""
+    logits = torch.randn(2000, generator=torch.Generator().manual_seed(2)).mul(0.5)
+    logits = logits.bfloat16().float() if coarse else logits
+    params = SamplingParams(top_p=top_p, min_p=min_p)
+    wanted = torch.tensor(reference(logits.tolist(), params), dtype=torch.float64).cumsum(0)
+
+    def token_at(u: float) -> int:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(sampling, "uniform", lambda stream, index: u)
+            return draw(logits[None], [opened(params, vocabulary=2000)])[0]
+
+    for u in torch.rand(60, generator=torch.Generator().manual_seed(4), dtype=torch.float64):
+        token = token_at(float(u))
+        low = wanted[token - 1] if token else 0.0
+
+        assert low - 1e-6 <= u <= wanted[token] + 1e-6
+        assert wanted[token] > low  # it is kept
+
+
 def test_the_frequency_test_notices_a_wrong_temperature() -> None:
     seen = counts(SamplingParams(temperature=1.03), POST)
 

@@ -32,7 +32,7 @@ from tierline.base.errors import DependencyError, RequestError, TierlineError
 
 CHUNK = 64  # logits under one maximum
 WEIGHTS_AT_ONCE = 1 << 20  # of rows that are drawn: 4 MB, so that they stay in the cache
-CANDIDATES = 128  # first guess of how many tokens hold a row's top-p mass
+CANDIDATES = 128  # tokens that usually hold a row's top-p mass
 STOPS_MAX = 10_000
 STOP_CHARACTERS_MAX = 4_096
 LOGPROBS_MAX = 20
@@ -491,17 +491,13 @@ class Sampler:
         if whole:
             tokens = _by_id(weights, sums, columns.uniform)
             chosen = {drawn[place].number: int(tokens[place]) for place in whole}
-        masses, k = sums[:, -1:], min(CANDIDATES, x.shape[1])
-        while nucleus:
+        if nucleus:
             rows = [drawn[place] for place in nucleus]
-            tokens, reached = _ranked(x, peaks, _columns(rows, best), k, masses[nucleus])
-            chosen |= {
-                row.number: token
-                for row, token, done in zip(rows, tokens.tolist(), reached.tolist(), strict=True)
-                if done
-            }
-            nucleus = [n for n, done in zip(nucleus, reached.tolist(), strict=True) if not done]
-            k = 32 * k if 32 * k < x.shape[1] // 4 else x.shape[1]
+            k = min(CANDIDATES, x.shape[1])
+            tokens, reached = _ranked(x, peaks, _columns(rows, best), k, sums[nucleus, -1:])
+            for place, token, done in zip(nucleus, tokens.tolist(), reached.tolist(), strict=True):
+                row = drawn[place]
+                chosen[row.number] = token if done else _broad_nucleus(weights[place], row)
         return chosen
 
 
@@ -564,12 +560,34 @@ def _ranked(
     kept = (rows.top_p == 1) | (before < wanted)
     kept &= weights >= rows.min_p
     reached = (sums[:, -1] >= wanted[:, 0]) | (weights[:, -1] < rows.min_p[:, 0])
-    if k == x.shape[1] or masses is None:
+    if k == x.shape[1]:
         reached = torch.ones_like(reached)
     ids, order = ids.sort(-1)
     sums = weights.masked_fill_(~kept, 0.0).gather(-1, order).cumsum(-1)
     places = torch.searchsorted(sums, rows.uniform * sums[:, -1:], right=True)
     return ids.gather(-1, places)[:, 0], reached
+
+
+def _broad_nucleus(weights: torch.Tensor, row: _Drawn) -> int:
+    """Top-p that is held by many tokens of one row, without sorting more than a few of them.
+
+    The first twelve bits of a positive float are a bucket, and the buckets are in order: those
+    before the one in which the mass reaches top-p are kept, and only that one is sorted.
+    """
+    buckets = weights.view(torch.int32) >> 19
+    held = torch.bincount(buckets, weights.double()).flip(0).cumsum(0)  # heaviest first
+    wanted = row.params.top_p * held[-1]
+    at = int(torch.searchsorted(held, wanted))
+    last = len(held) - 1 - at
+    ids = (buckets == last).nonzero()[:, 0]
+    values, ids = _unkeyed(_descending(_keyed(weights[ids], ids)[None], len(ids)))
+    sums = values[0].double().cumsum(0) + (held[at - 1] if at else 0.0)
+    count = int(torch.searchsorted(sums, wanted)) + 1
+    kept = buckets > last
+    kept[ids[0, :count]] = True
+    kept &= weights >= row.params.min_p
+    sums = torch.where(kept, weights, 0.0).double().cumsum(0)
+    return int(torch.searchsorted(sums, row.uniform * sums[-1], right=True))
 
 
 def _by_id(weights: torch.Tensor, sums: torch.Tensor, uniforms: torch.Tensor) -> torch.Tensor:
