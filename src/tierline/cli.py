@@ -158,9 +158,16 @@ def accuracy(args: argparse.Namespace) -> int:
 
 
 def models(args: argparse.Namespace) -> int:
-    """List the models that come by name, or describe one."""
+    """List the models that come by name, describe one, or fetch the demo model's weights."""
     from tierline.catalog.models import known_models, load_model
 
+    if args.name == "fetch":
+        return _fetch(args)
+    if args.what is not None:
+        raise InputError(
+            f"{args.what!r} is one word too many",
+            hint="tierline models [MODEL], or tierline models fetch demo",
+        )
     rows = [_model_row(load_model(n)) for n in ([args.name] if args.name else known_models())]
     if args.json:
         print(_json(rows))
@@ -171,6 +178,19 @@ def models(args: argparse.Namespace) -> int:
             f"{row['name']:<26}{row['params'] / 1e9:>9.2f}B{row['params_active'] / 1e9:>9.2f}B"
             f"{row['layers']:>8}{row['kv_bytes_per_token_bf16']:>12,}  {row['native_format']}"
         )
+    return 0
+
+
+def _fetch(args: argparse.Namespace) -> int:
+    """`tierline models fetch demo`: bring the weights here, print where they lie."""
+    from tierline.base.names import lookup
+    from tierline.engine.demo import NAMES, SHA256, fetch_demo
+
+    lookup("checkpoint to fetch", args.what or "", NAMES)
+    path = fetch_demo(show=sys.stderr.isatty())
+    size_bytes = path.stat().st_size
+    told = {"name": args.what, "path": str(path), "sha256": SHA256, "size_bytes": size_bytes}
+    print(_json(told) if args.json else path)
     return 0
 
 
@@ -343,6 +363,10 @@ def build_parser() -> argparse.ArgumentParser:
     for run, name in ((models, "MODEL"), (gpus, "GPU")):
         command = _command(commands, run)
         command.add_argument("name", nargs="?", metavar=name, help=f"describe this {name.lower()}")
+        if run is models:
+            command.add_argument(
+                "what", nargs="?", metavar="NAME", help="after `fetch` in place of MODEL: demo"
+            )
     return parser
 
 

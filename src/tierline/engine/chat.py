@@ -238,7 +238,7 @@ class _Sandbox(ImmutableSandboxedEnvironment):
         for value in (*args, *kwargs.values()):
             _bounded(value if isinstance(value, int) else _size(value))
         if getattr(obj, "__name__", "") in ("format", "format_map"):
-            _narrow(getattr(obj, "__self__", ""))
+            _narrow(getattr(getattr(obj, "__wrapped__", obj), "__self__", ""))
         result = super().call(context, obj, *args, **kwargs)
         _bounded(_size(result))
         return result
