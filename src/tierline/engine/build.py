@@ -30,12 +30,9 @@ from tierline.engine.native_step import supports as native_supports
 from tierline.engine.network import Network as TorchNetwork
 from tierline.engine.network import weight_shapes
 from tierline.engine.tokenizer import Tokenizer, load_tokenizer
-from tierline.kv.names import BlockNames
-from tierline.kv.pages import Pages
-from tierline.kv.pool import BlockPool
-from tierline.kv.prefix import PrefixIndex
 from tierline.perf.line import StepLine
 from tierline.perf.step import Layout, StepCost
+from tierline.scheduling.assembly import assemble
 from tierline.scheduling.policy import Policy
 from tierline.scheduling.profiles import POLICIES
 from tierline.scheduling.scheduler import Limits, Scheduler
@@ -93,7 +90,9 @@ def open_engine(
     device, dtype = _device(options.device), _dtype(options.dtype, checkpoint)
     checkpoint.require_fits(memory_available_bytes(device), dtype=dtype)
     tokenizer = _tokenizer(checkpoint)
-    network, kernels, weight_bytes = _network(decoder, checkpoint, options, dtype=dtype, device=device)
+    network, kernels, weight_bytes = _network(
+        decoder, checkpoint, options, dtype=dtype, device=device
+    )
     checkpoint.release()
     cut = geometry(decoder, block_tokens=options.block_tokens, element_bytes=dtype.itemsize)
     positions = min(options.positions_max or decoder.positions_max, decoder.positions_max)
@@ -250,19 +249,12 @@ def _scheduler(
     model = model_from_config(checkpoint.config, name=checkpoint.name, source=str(checkpoint.path))
     weights = "fp32" if dtype is torch.float32 else "bf16"
     cost = StepCost(model, options.machine or guess(device), Layout(weights=weights, kv="bf16"))
-    counted = Pages(pages)
-    index = PrefixIndex(
-        counted,
-        block_tokens=layout.block_tokens,
-        pages_per_block=layout.pages_per_block,
-        block_bytes=layout.pages_per_block * layout.page_bytes,
-        names=BlockNames(BlockPool(pages), layout),
-    )
-    return Scheduler(
-        pages=counted,
-        index=index,
+    return assemble(
         layout=layout,
+        pages_total=pages,
         line=StepLine(cost, tokens_max=batch + options.sequences_max),
         policy=policy,
         limits=limits,
+        block_bytes=layout.pages_per_block * layout.page_bytes,
+        named=True,
     )

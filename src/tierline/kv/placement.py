@@ -271,3 +271,11 @@ class Ghosts:
         if ghost is not None:
             self._blocks[ghost.kind] -= ghost.blocks
         return ghost
+
+
+PLACEMENTS: dict[str, type[Lru]] = {
+    "lru": Lru,
+    "lfu": Lfu,
+    "arc": Arc,
+    "cost-aware": CostAware,
+}

@@ -27,25 +27,16 @@ from tierline.kv.objects import (
     least_expected_loss,
     least_recently_used,
 )
-from tierline.kv.pages import Pages
-from tierline.kv.placement import Arc, CostAware, Lfu, Lru, Placement
-from tierline.kv.prefix import PrefixIndex
 from tierline.kv.transfer import DEVICE, DRAM, NVME, REMOTE, TIER_NAMES
 from tierline.perf.line import LAW, Calibration, Cost, StepLine
 from tierline.perf.step import TOKENS_MAX, Layout, StepCost, load_engine
 from tierline.scheduling.adapters import Adapters
+from tierline.scheduling.assembly import assemble
 from tierline.scheduling.policy import Policy
-from tierline.scheduling.scheduler import Limits, Scheduler
+from tierline.scheduling.scheduler import Limits
 from tierline.sim.record import ReplicaTotals
 from tierline.sim.replica import Replica, Speculation
 
-PLACEMENTS: dict[str, type[Lru]] = {
-    "lru": Lru,
-    "lfu": Lfu,
-    "arc": Arc,
-    "cost-aware": CostAware,
-}
-DEEP_TOKENS = 1 << 16  # where the price of recomputing is taken a second time
 ADAPTER_ORDERS: dict[str, Order] = {"value": least_expected_loss, "lru": least_recently_used}
 
 
@@ -125,16 +116,17 @@ class Instance:
     ) -> Replica:
         """A replica of this instance, empty."""
         line, links = line or self.line(), self.links()
-        pages = Pages(self.pages_total)
-        index = self._index(pages, line, links)
-        scheduler = Scheduler(
-            pages=pages,
-            index=index,
+        scheduler = assemble(
             layout=self.layout,
+            pages_total=self.pages_total,
             line=line,
             policy=policy,
             limits=self.limits,
-            tenant_weights=dict(tenant_weights) if tenant_weights is not None else None,
+            block_bytes=self.block_bytes,
+            tier_blocks=self.tier_blocks,
+            links=links,
+            placement=self.placement,
+            tenant_weights=tenant_weights,
             adapters=self._adapters(links),
         )
         totals = ReplicaTotals(
@@ -168,41 +160,6 @@ class Instance:
             self.replica, policy=policy, seed=seed, tenant_weights=tenant_weights, line=line
         )
         return replica
-
-    def _index(
-        self, pages: Pages, line: StepLine, links: Mapping[tuple[int, int], Link]
-    ) -> PrefixIndex:
-        """The prefix index, with what a block costs to compute and to bring up again.
-
-        Both are prices of a whole chunk, shared by its blocks.
-        """
-        block_tokens, chunk = self.layout.block_tokens, self.limits.chunk_tokens
-        blocks = max(chunk // block_tokens, 1)
-        shallow_s, deep_s = (
-            line.prefill_ps(blocks * block_tokens, past=past, chunk=chunk) / blocks / PS_PER_S
-            for past in (0, DEEP_TOKENS)
-        )
-        size = blocks * self.block_bytes
-        reloads_s = [
-            links[(tier, DEVICE)].duration_ps(size) / blocks / PS_PER_S if capacity else 0.0
-            for tier, capacity in zip((DRAM, NVME, REMOTE), self.tier_blocks, strict=True)
-        ]
-        # A tier from which nothing comes faster than it is computed would only take memory.
-        capacities = [
-            capacity if reload_s < deep_s else 0
-            for capacity, reload_s in zip(self.tier_blocks, reloads_s, strict=True)
-        ]
-        placement: Placement = PLACEMENTS[self.placement]()
-        return PrefixIndex(
-            pages,
-            block_tokens=block_tokens,
-            pages_per_block=self.layout.pages_per_block,
-            block_bytes=self.block_bytes,
-            capacities=capacities,
-            placement=placement,
-            penalties_s=(shallow_s, (deep_s - shallow_s) / (DEEP_TOKENS // block_tokens)),
-            reloads_s=reloads_s,
-        )
 
     def _adapters(self, links: Mapping[tuple[int, int], Link]) -> Adapters | None:
         if not self.adapters:
