@@ -503,6 +503,14 @@ def test_a_row_that_cannot_be_sampled_fails_alone() -> None:
     assert [sampled.logprobs[i] for i in (0, 4)] == [healthy.logprobs[i] for i in (0, 4)]
 
 
+def test_without_the_check_a_nan_would_pass_for_a_token(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sampling, "_errors", lambda best: {})
+    rows = [opened(SamplingParams(temperature=0)) for _ in range(2)]
+    sick = torch.tensor([[1.0, math.nan, 0.0, 0.0, 0.0, 0.0], POST])
+
+    assert draw(sick, rows) == [0, 0]
+
+
 def test_an_impossible_token_is_not_an_error() -> None:
     logits = torch.tensor([[-math.inf, 1.0, -math.inf, 0.0, -math.inf, -math.inf]])
     rows = [opened(SamplingParams(temperature=3.0), seed=seed) for seed in range(200)]

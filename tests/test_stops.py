@@ -88,6 +88,15 @@ def test_text_that_cannot_become_a_stop_comes_at_once() -> None:
     assert checker.feed("A") == "STA"
 
 
+def test_holding_back_as_much_as_the_longest_stop_would_be_noticed() -> None:
+    """The control: the usual shortcut keeps text that is certain."""
+    stops, text = ["STOP"], "hello"
+    shortcut = text[: len(text) - (len("STOP") - 1)]
+
+    assert not any(stop.startswith(text[len(shortcut) :]) for stop in stops)
+    assert StopChecker(stops).feed(text) == text
+
+
 def test_nothing_comes_after_a_stop() -> None:
     checker = StopChecker(["."])
 
