@@ -13,9 +13,11 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from tierline.base.errors import InputError, TierlineError
+from tierline.base.errors import DependencyError, InputError, TierlineError
 
 Run = Callable[[argparse.Namespace], int]
+
+ENGINE_PACKAGES = ("gguf", "safetensors", "tokenizers", "torch")  # of the extra `engine`
 
 PLAN_EXAMPLES = """\
 examples:
@@ -34,6 +36,13 @@ EXPLAIN_EXAMPLES = """\
 examples:
   tierline explain slowest out/sim
   tierline explain 4711 out/sim --policy fcfs
+"""
+
+RUN_EXAMPLES = """\
+examples:
+  tierline models fetch demo
+  tierline run demo "Why is the sky blue?"
+  tierline run path/to/model --temperature 0.7
 """
 
 
@@ -191,6 +200,88 @@ def _fetch(args: argparse.Namespace) -> int:
     size_bytes = path.stat().st_size
     told = {"name": args.what, "path": str(path), "sha256": SHA256, "size_bytes": size_bytes}
     print(_json(told) if args.json else path)
+    return 0
+
+
+def run_model(args: argparse.Namespace) -> int:
+    """Answer a prompt, or chat in the terminal, with a real model on this machine."""
+    from tierline.base.units import parse_bytes
+    from tierline.engine.llm import LLM
+
+    params = _sampling(args)
+    options = {name: getattr(args, name) for name in ("dtype", "device", "kernels", "seed")}
+    if args.kv_bytes is not None:
+        options["kv_bytes"] = parse_bytes(args.kv_bytes)
+    if args.json and args.prompt is None:
+        raise InputError("--json answers one prompt", hint="tierline run MODEL PROMPT --json")
+    llm = LLM(args.model, **options)
+    facts = llm.facts
+    print(
+        f"{facts.model}: {facts.dtype} on {facts.device}, kernels {facts.kernels}, "
+        f"{facts.weight_bytes / 1e6:.0f} MB of weights, KV cache of {facts.kv_tokens:,} tokens",
+        file=sys.stderr,
+    )
+    said: list[dict[str, str]] = []
+    if args.system:
+        said.append({"role": "system", "content": args.system})
+    if args.prompt is not None:
+        return _answer(llm, said, args.prompt, params, args)
+    return _converse(llm, said, params, args)
+
+
+def _sampling(args: argparse.Namespace) -> Any:
+    from tierline.engine.sampling import SamplingParams
+
+    params = SamplingParams(
+        temperature=args.temperature, top_p=args.top_p, max_tokens=args.max_tokens, seed=args.seed
+    )
+    for warning in params.warnings():
+        print(f"note: {warning}", file=sys.stderr)
+    return params
+
+
+def _converse(llm: Any, said: list[dict[str, str]], params: Any, args: argparse.Namespace) -> int:
+    """Turn by turn until the input ends; Ctrl-C ends an answer, not the conversation."""
+    if sys.stdin.isatty():
+        print("Ctrl-C stops an answer, Ctrl-D ends the conversation.", file=sys.stderr)
+    while True:
+        if sys.stdin.isatty():
+            print("\n> ", end="", file=sys.stderr, flush=True)
+        line = sys.stdin.readline()
+        if not line:
+            return 0
+        if line.strip():
+            _answer(llm, said, line.strip(), params, args)
+
+
+def _answer(
+    llm: Any, said: list[dict[str, str]], prompt: str, params: Any, args: argparse.Namespace
+) -> int:
+    """One answer, as it comes; both turns are added to what was said."""
+    from tierline.engine.llm import Tally
+
+    turn = {"role": "user", "content": prompt}
+    chats = llm.engine.chat is not None and not args.raw
+    tokens = llm.chat_prompt([*said, turn]) if chats else llm.encode(prompt)
+    tally = Tally(llm.engine.clock.now_ps())
+    stream = llm.stream(tokens, params)
+    try:
+        for delta in stream:
+            tally.add(delta)
+            if not args.json:
+                print(delta.text, end="", flush=True)
+    except KeyboardInterrupt:
+        stream.close()
+        if args.prompt is not None:
+            raise
+    if args.json:
+        print(_json(tally.as_dict()))
+    else:
+        print()
+        print(tally, file=sys.stderr)
+    said += [turn, {"role": "assistant", "content": tally.text}]
+    if tally.error is not None:
+        raise DependencyError(f"the answer was broken off: {tally.error}")
     return 0
 
 
@@ -360,6 +451,7 @@ def build_parser() -> argparse.ArgumentParser:
     _add_synthesize(commands)
     _add_export(commands)
     _add_accuracy(commands)
+    _add_run(commands)
     for run, name in ((models, "MODEL"), (gpus, "GPU")):
         command = _command(commands, run)
         command.add_argument("name", nargs="?", metavar=name, help=f"describe this {name.lower()}")
@@ -370,10 +462,12 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _command(commands: Any, run: Run, epilog: str | None = None) -> argparse.ArgumentParser:
+def _command(
+    commands: Any, run: Run, epilog: str | None = None, *, name: str | None = None
+) -> argparse.ArgumentParser:
     text = (run.__doc__ or "").strip()
     command: argparse.ArgumentParser = commands.add_parser(
-        run.__name__,
+        name or run.__name__,
         help=text[0].lower() + text[1:].rstrip("."),
         description=text,
         epilog=epilog,
@@ -532,6 +626,22 @@ def _add_export(commands: Any) -> None:
     command.add_argument("-o", "--output", help="folder to write to (default: stdout)")
 
 
+def _add_run(commands: Any) -> None:
+    command = _command(commands, run_model, RUN_EXAMPLES, name="run")
+    command.add_argument("model", metavar="MODEL", help="a folder, a GGUF file, or `demo`")
+    command.add_argument("prompt", nargs="?", metavar="PROMPT", help="without it: a conversation")
+    command.add_argument("--system", help="what the model is told before the conversation")
+    command.add_argument("--raw", action="store_true", help="the prompt as it is, no chat template")
+    command.add_argument("--max-tokens", type=int, default=512, help="of one answer (512)")
+    command.add_argument("--temperature", type=float, default=0.0, help="0: greedy (default)")
+    command.add_argument("--top-p", type=float, default=1.0, help="nucleus to sample from (1)")
+    command.add_argument("--seed", type=int, default=0, help="of sampling (0)")
+    command.add_argument("--dtype", default="auto", help="fp32, bf16 or fp16 (as stored)")
+    command.add_argument("--device", default="auto", help="cpu, cuda or cuda:N (cuda if there)")
+    command.add_argument("--kernels", default="auto", help="native or torch (native if possible)")
+    command.add_argument("--kv-bytes", metavar="SIZE", help="of the KV cache, such as 2GB")
+
+
 def _add_accuracy(commands: Any) -> None:
     command = _command(commands, accuracy)
     command.add_argument(
@@ -551,6 +661,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"error: {error}", file=sys.stderr)
         if error.hint:
             print(f"\nhint: {error.hint}", file=sys.stderr)
+        return 2
+    except ModuleNotFoundError as error:
+        if error.name not in ENGINE_PACKAGES:
+            raise
+        print(f"error: this command needs the package {error.name}", file=sys.stderr)
+        print("\nhint: pip install 'tierline[engine]'", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("interrupted; nothing was written in part", file=sys.stderr)

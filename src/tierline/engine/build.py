@@ -20,6 +20,7 @@ from tierline.engine.arena import Arena, Geometry, geometry
 from tierline.engine.batch import Tables
 from tierline.engine.checkpoint import Checkpoint, open_checkpoint
 from tierline.engine.clock import SystemClock
+from tierline.engine.conversation import Chat
 from tierline.engine.decoder import Decoder
 from tierline.engine.engine import Clock, Engine, Facts
 from tierline.engine.executor import Executor, Network
@@ -30,6 +31,7 @@ from tierline.engine.native_step import supports as native_supports
 from tierline.engine.network import Network as TorchNetwork
 from tierline.engine.network import weight_shapes
 from tierline.engine.tokenizer import Tokenizer, load_tokenizer
+from tierline.kv.names import BlockNames
 from tierline.perf.line import StepLine
 from tierline.perf.step import Layout, StepCost
 from tierline.scheduling.assembly import assemble
@@ -101,7 +103,7 @@ def open_engine(
     arena = Arena(decoder, cut, pages=pages, dtype=dtype, device=device)
     scheduler = _scheduler(checkpoint, cut, options, pages=pages, dtype=dtype, device=device)
     tables = Tables(cut, sequences_max=options.sequences_max, tokens_max=positions)
-    assert scheduler.names is not None
+    assert isinstance(scheduler.names, BlockNames)
     return Engine(
         Executor(network, arena, scheduler.names, tables),
         scheduler,
@@ -111,6 +113,7 @@ def open_engine(
         revision=checkpoint.revision,
         tokenizer=tokenizer,
         eos_ids=tokenizer.eos_ids if tokenizer else frozenset(),
+        chat=Chat.of(checkpoint, tokenizer) if tokenizer else None,
         prefix_cache=options.prefix_cache,
         seed=options.seed,
         facts=Facts(

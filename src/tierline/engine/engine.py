@@ -20,6 +20,7 @@ import torch
 from tierline.base.clock import FOREVER_PS, PS_PER_S
 from tierline.base.errors import RequestError
 from tierline.base.rng import stream_seed
+from tierline.engine.conversation import Chat
 from tierline.engine.executor import Executor
 from tierline.engine.generation import Delta, Generation, TokenLogprob
 from tierline.engine.sampling import Sampled, Sampler, SamplingParams
@@ -75,6 +76,7 @@ class Engine:
         facts: Facts,
         eos_ids: frozenset[int] = frozenset(),
         tokenizer: Tokenizer | None = None,
+        chat: Chat | None = None,
         prefix_cache: bool = True,
         seed: int = 0,
     ) -> None:
@@ -82,7 +84,7 @@ class Engine:
         self.executor, self.scheduler, self.clock = executor, scheduler, clock
         self.vocabulary, self.positions_max = vocabulary, positions_max
         self.tokenizer, self.eos_ids, self.facts = tokenizer, eos_ids, facts
-        self._prefix_cache = prefix_cache
+        self.chat, self._prefix_cache = chat, prefix_cache
         device = executor.arena.data.device
         self.sampler = Sampler(vocabulary, device=device, eos_ids=sorted(eos_ids))
         self._revision, self._seed = revision, seed
@@ -290,7 +292,7 @@ class Engine:
 
     def _rest(self, g: Generation) -> str:
         """Text that was held back and is certain at the end."""
-        text = g.detokenizer.flush() if g.detokenizer else ""
+        text: str = g.detokenizer.flush() if g.detokenizer else ""
         if g.stops is None:
             return text
         text = g.stops.feed(text)

@@ -10,6 +10,7 @@ a time: a server uses `async_engine`.
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +18,9 @@ from tierline.base.clock import PS_PER_S
 from tierline.base.errors import InputError
 from tierline.base.names import reject_unknown_keys
 from tierline.base.progress import progress_bar
-from tierline.engine.build import EngineOptions, Facts, open_engine
+from tierline.engine.build import EngineOptions, open_engine
 from tierline.engine.demo import models_folder, resolve_model
-from tierline.engine.engine import Engine
+from tierline.engine.engine import Engine, Facts
 from tierline.engine.generation import Delta, TokenLogprob
 from tierline.engine.sampling import SamplingParams
 
@@ -132,11 +133,11 @@ class LLM:
         self, messages: Messages, *, tools: Sequence[Mapping[str, Any]] | None = None
     ) -> list[int]:
         """The tokens of a conversation under the model's own template."""
-        if self.tokenizer is None or not self.tokenizer.chat_template:
+        if self.engine.chat is None:
             raise InputError(
                 f"model {self.facts.model!r} has no chat template", hint="use generate"
             )
-        return self.tokenizer.encode_chat(messages, tools=tools)
+        return self.engine.chat.encode(messages, tools=tools, now=datetime.now())
 
     def _run(self, answers: Mapping[int, Answer], start_ps: int, done: Any) -> None:
         left = {request_id: len(answer.outputs) for request_id, answer in answers.items()}
@@ -148,6 +149,68 @@ class LLM:
                     left[delta.request_id] -= 1
                     if done is not None and not left[delta.request_id]:
                         done(1)
+
+
+class Tally:
+    """One answer as it comes, and how fast: what a terminal shows."""
+
+    __slots__ = (
+        "_start_ps",
+        "cached_tokens",
+        "error",
+        "first_ps",
+        "last_ps",
+        "prompt_tokens",
+        "reason",
+        "text",
+        "tokens",
+    )
+
+    def __init__(self, start_ps: int) -> None:
+        self._start_ps = self.first_ps = self.last_ps = start_ps
+        self.text, self.tokens, self.prompt_tokens, self.cached_tokens = "", 0, 0, 0
+        self.reason: str | None = None
+        self.error: str | None = None
+
+    def add(self, delta: Delta) -> None:
+        """What one step added."""
+        self.last_ps = delta.at_ps
+        if not self.tokens:
+            self.first_ps = delta.at_ps
+        self.text += delta.text
+        self.tokens += len(delta.token_ids)
+        self.prompt_tokens, self.cached_tokens = delta.prompt_tokens, delta.cached_tokens
+        self.reason, self.error = delta.finish_reason, delta.error
+
+    @property
+    def ttft_s(self) -> float:
+        """Seconds to the first token."""
+        return (self.first_ps - self._start_ps) / PS_PER_S
+
+    @property
+    def tokens_per_s(self) -> float:
+        """Output tokens a second after the first one; 0 for a single token."""
+        span_s = (self.last_ps - self.first_ps) / PS_PER_S
+        return (self.tokens - 1) / span_s if span_s > 0 else 0.0
+
+    def as_dict(self) -> dict[str, Any]:
+        """For `--json`."""
+        return {
+            "text": self.text,
+            "finish_reason": self.reason,
+            "prompt_tokens": self.prompt_tokens,
+            "cached_tokens": self.cached_tokens,
+            "output_tokens": self.tokens,
+            "ttft_s": self.ttft_s,
+            "tokens_per_s": self.tokens_per_s,
+        }
+
+    def __str__(self) -> str:
+        return (
+            f"[{self.tokens} tokens, {self.tokens_per_s:.1f} tokens/s, TTFT "
+            f"{self.ttft_s * 1e3:.0f} ms; prompt of {self.prompt_tokens}, "
+            f"{self.cached_tokens} cached]"
+        )
 
 
 def _extend(answer: Answer, delta: Delta, start_ps: int) -> None:
