@@ -32,7 +32,7 @@ ISAS: dict[str, tuple[str, ...]] = {
 TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 GGUF_TYPES = {"Q8_0": 3, "Q4_0": 4, "Q4_1": 5}
 _BLOCK_BYTES = {"Q8_0": 34, "Q4_0": 18, "Q4_1": 20}  # of 32 weights
-_FLAGS = ("-O3", "-std=c++17", "-fPIC", "-pthread", "-fno-math-errno", "-Wall")
+_FLAGS = ("-O3", "-std=c++17", "-fPIC", "-pthread", "-fno-math-errno")
 _BUILD_SECONDS_MAX = 300
 
 

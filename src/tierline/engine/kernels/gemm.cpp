@@ -1,12 +1,9 @@
 #include "gemm.h"
 
-#include <immintrin.h>
+#include "stored.h"
+#include "tile.h"
 
-#include <algorithm>
-#include <cassert>
-#include <cstring>
-
-#include "convert.h"
+#include <vector>
 
 namespace tl {
 namespace {
@@ -17,27 +14,7 @@ namespace {
 
 constexpr int UNIT_BYTES = PANEL * 4;
 constexpr int UNITS_MAX = 128;  // in one stretch of k: 16 KB of weights stay in the L1 cache
-constexpr int ROWS_BYTES_MAX = 480 << 10;  // of activations that stay in the L2 cache
 constexpr int AHEAD_BYTES = 24 * UNIT_BYTES;  // prefetched, for products that wait for memory
-
-#if defined(__AVX512BF16__)
-using Floats = __m512;
-constexpr int WIDTH = 16;
-constexpr int TILE_ROWS = 12;  // x 2 vectors = 24 accumulators of 32 registers
-inline Floats zero() { return _mm512_setzero_ps(); }
-inline Floats load(const float* p) { return _mm512_loadu_ps(p); }
-inline void store(float* p, Floats v) { _mm512_storeu_ps(p, v); }
-inline Floats add(Floats a, Floats b) { return _mm512_add_ps(a, b); }
-#else
-using Floats = __m256;
-constexpr int WIDTH = 8;
-constexpr int TILE_ROWS = 4;  // x 2 vectors = 8 accumulators of 16 registers
-inline Floats zero() { return _mm256_setzero_ps(); }
-inline Floats load(const float* p) { return _mm256_loadu_ps(p); }
-inline void store(float* p, Floats v) { _mm256_storeu_ps(p, v); }
-inline Floats add(Floats a, Floats b) { return _mm256_add_ps(a, b); }
-#endif
-constexpr int VECTORS = PANEL / WIDTH;  // of one panel
 
 // One unit for M rows and V vectors of outputs: acc += a x b.  `at(j)` says where vector j is.
 
@@ -97,55 +74,19 @@ struct Bfloat16 {
 #endif
 };
 
-// What a tile works on: M rows and V vectors of neighbouring outputs, one stretch of k.
-struct Tile {
-    const char* a;
-    size_t a_stride;
-    const char* b;  // first unit of the stretch, first vector
-    size_t panel_bytes;
-    const char* ahead;  // what follows in memory order after this tile, to be prefetched; or null
-    int units;
-    float* sums;  // [M][PANEL] between stretches
-    bool first, last;
-    float* out;
-    int ldo;
-    const float* bias;  // or null
-    bool accumulate;
-    int columns;  // that exist, from `out` on
-};
-
-void put(const Tile& t, int row, int column, Floats value) {
-    if (column >= t.columns) return;
-    float* out = t.out + size_t(row) * t.ldo + column;
-    alignas(64) float whole[WIDTH], other[WIDTH] = {};
-    const int count = std::min(WIDTH, t.columns - column);
-    const bool part = count < WIDTH;
-    if (t.bias != nullptr) {
-        if (part) std::memcpy(other, t.bias + column, count * sizeof(float));
-        value = add(value, part ? load(other) : load(t.bias + column));
-    }
-    if (t.accumulate) {
-        if (part) std::memcpy(other, out, count * sizeof(float));
-        value = add(value, part ? load(other) : load(out));
-    }
-    if (!part) return store(out, value);
-    store(whole, value);
-    std::memcpy(out, whole, count * sizeof(float));
-}
-
 template <class Op, int M, int V>
 void tile(const Tile& t) {
     constexpr int PANELS = (V + VECTORS - 1) / VECTORS;
     Floats acc[M][V];
     for (int i = 0; i < M; ++i)
         for (int j = 0; j < V; ++j)
-            acc[i][j] = t.first ? zero() : load(t.sums + i * PANEL + j * WIDTH);
+            acc[i][j] = t.first ? zero() : load(t.sums + (i * V + j) * WIDTH);
     const char *a = t.a, *b = t.b;
     const size_t panel_bytes = t.panel_bytes, a_stride = t.a_stride;
     const auto at = [&](int j) {
         return b + (j / VECTORS) * panel_bytes + (j % VECTORS) * (WIDTH * 4);
     };
-    if (t.ahead != nullptr) {
+    if (t.stream) {  // ahead of itself, towards the end what the next tile begins with
         const int own = std::max(0, t.units - AHEAD_BYTES / UNIT_BYTES);
         const char* next = b + AHEAD_BYTES;
         for (int u = 0; u < t.units; ++u, a += Op::ROW_BYTES, b += UNIT_BYTES, next += UNIT_BYTES) {
@@ -155,122 +96,166 @@ void tile(const Tile& t) {
                     _mm_prefetch(next + p * panel_bytes + line, _MM_HINT_T0);
             Op::template step<M, V>(acc, a, a_stride, at);
         }
-    } else {
-        for (int u = 0; u < t.units; ++u, a += Op::ROW_BYTES, b += UNIT_BYTES)
+    } else {  // a part of the next stretch, a line for each unit
+        const char* next = t.ahead;
+        for (int u = 0; u < t.units; ++u, a += Op::ROW_BYTES, b += UNIT_BYTES, next += 64) {
+            _mm_prefetch(next, _MM_HINT_T1);
             Op::template step<M, V>(acc, a, a_stride, at);
+        }
     }
     for (int i = 0; i < M; ++i)
         for (int j = 0; j < V; ++j)
             if (t.last)
                 put(t, i, j * WIDTH, acc[i][j]);
             else
-                store(t.sums + i * PANEL + j * WIDTH, acc[i][j]);
+                store(t.sums + (i * V + j) * WIDTH, acc[i][j]);
 }
 
-using TileFunction = void (*)(const Tile&);
-
-// Row counts 1 to TILE_ROWS.  A single row needs many vectors at once to hide the latency of
-// the multiplier; there a tile spans several panels.
+// Functions for 1, 2, ... rows.  NARROW ones work on one panel (or a part), WIDE ones on several:
+// a single row needs many vectors at once to hide the latency of the multiplier, and many rows
+// are multiplied fastest by tiles of 6 rows x 4 vectors.
 #if defined(__AVX512BF16__)
+constexpr int NARROW = 2;
 template <class Op>
-constexpr TileFunction ONE_PANEL[] = {
+constexpr TileFunction NARROW_TILES[] = {
     tile<Op, 1, 2>, tile<Op, 2, 2>, tile<Op, 3, 2>, tile<Op, 4, 2>,  tile<Op, 5, 2>,  tile<Op, 6, 2>,
     tile<Op, 7, 2>, tile<Op, 8, 2>, tile<Op, 9, 2>, tile<Op, 10, 2>, tile<Op, 11, 2>, tile<Op, 12, 2>};
+constexpr int WIDE[] = {8, 8, 4, 4, 4, 4};
 template <class Op>
-constexpr TileFunction MANY_PANELS[] = {tile<Op, 1, 8>, tile<Op, 2, 8>, tile<Op, 3, 4>,
-                                        tile<Op, 4, 4>, tile<Op, 5, 4>, tile<Op, 6, 4>};
-constexpr int PANELS_AT_ONCE[] = {4, 4, 2, 2, 2, 2};
-constexpr int PART_VECTORS = 2;
+constexpr TileFunction WIDE_TILES[] = {tile<Op, 1, 8>, tile<Op, 2, 8>, tile<Op, 3, 4>,
+                                       tile<Op, 4, 4>, tile<Op, 5, 4>, tile<Op, 6, 4>};
 #else
+constexpr int NARROW = 2;
 template <class Op>
-constexpr TileFunction ONE_PANEL[] = {tile<Op, 1, 2>, tile<Op, 2, 2>, tile<Op, 3, 2>, tile<Op, 4, 2>};
+constexpr TileFunction NARROW_TILES[] = {tile<Op, 1, 2>, tile<Op, 2, 2>, tile<Op, 3, 2>, tile<Op, 4, 2>};
+constexpr int WIDE[] = {8, 2, 2, 2};
 template <class Op>
-constexpr TileFunction MANY_PANELS[] = {tile<Op, 1, 8>};
-constexpr int PANELS_AT_ONCE[] = {2};
-constexpr int PART_VECTORS = 2;
+constexpr TileFunction WIDE_TILES[] = {tile<Op, 1, 8>, tile<Op, 2, 2>, tile<Op, 3, 2>, tile<Op, 4, 2>};
 #endif
-constexpr int MANY_ROWS_MAX = sizeof PANELS_AT_ONCE / sizeof *PANELS_AT_ONCE;
+constexpr int FEW = sizeof NARROW_TILES<Float32> / sizeof(TileFunction);  // rows of one tile
+constexpr int ROWS = sizeof WIDE / sizeof *WIDE;  // of a tile among many
 
 size_t k_padded(int type, int k) { return type == F32 ? k : (size_t(k) + 1) / 2 * 2; }
 int units_of(int type, int k) { return type == F32 ? k : (k + 1) / 2; }
-int panels_of(int n) { return (n + PANEL - 1) / PANEL; }
 
-// One row tile: every panel is read once, from memory, by one tile (or a few tiles together).
+const char* weights_at(const Matrix& w, size_t panel_bytes, int column) {
+    return static_cast<const char*>(w.data) + column / PANEL * panel_bytes + column % PANEL * 4;
+}
+
+// One tile of rows: the weights stream through it, once.
 template <class Op>
-void few_rows(const Matrix& w, const char* a, size_t a_stride, int m, float* out, int ldo,
-              bool accumulate, Range panels) {
+void few_rows(const Matrix& w, const char* a, size_t a_stride, int m, const Target& target,
+              Range panels) {
     const int units = units_of(w.type, w.k);
-    const size_t panel_bytes = size_t(units) * UNIT_BYTES;
-    Tile t{a, a_stride, nullptr, panel_bytes, nullptr, units, nullptr, true, true, nullptr, ldo, nullptr, accumulate, 0};
-    for (int panel = panels.begin; panel < panels.end;) {
-        int together = m <= MANY_ROWS_MAX ? PANELS_AT_ONCE[m - 1] : 1;
-        if (panel + together > panels.end) together = 1;
-        const char* b = static_cast<const char*>(w.data) + panel * panel_bytes;
-        for (int v = 0; v < (together > 1 ? 1 : VECTORS); v += PART_VECTORS) {
-            const int column = panel * PANEL + v * WIDTH;
-            t.b = b + v * WIDTH * 4;
-            t.ahead = b + together * panel_bytes;  // harmless past the end
-            t.out = out + column;
-            t.bias = w.bias == nullptr ? nullptr : w.bias + column;
-            t.columns = w.n - column;
-            (together > 1 ? MANY_PANELS<Op>[m - 1] : ONE_PANEL<Op>[m - 1])(t);
-        }
-        panel += together;
+    Tile t{};
+    t.a = a, t.a_stride = a_stride;
+    t.panel_bytes = size_t(units) * UNIT_BYTES;
+    t.units = units;
+    t.stream = t.first = t.last = true;
+    const int wide = m <= ROWS ? WIDE[m - 1] : NARROW;
+    for (int column = panels.begin * PANEL, end = panels.end * PANEL; column < end;) {
+        const bool whole = column + wide * WIDTH <= end;
+        const int next = column + (whole ? wide : NARROW) * WIDTH;
+        t.b = weights_at(w, t.panel_bytes, column);
+        t.ahead = weights_at(w, t.panel_bytes, next);  // harmless past the end
+        target.aim(t, w, 0, column);
+        (whole && wide > NARROW ? WIDE_TILES<Op> : NARROW_TILES<Op>)[m - 1](t);
+        column = next;
     }
 }
 
-// Many rows: blocks of rows stay in the L2 cache while the panels pass, a stretch of one panel
-// in the L1 cache while the rows pass.
+// A stretch of k for a few panels stays in the L1 cache while the rows of a block pass, and the
+// block stays in the L2 cache while the panels pass.
 template <class Op>
-void many_rows(const Matrix& w, const char* a, size_t a_stride, int m, float* out, int ldo,
-               bool accumulate, Range panels) {
-    const int units = units_of(w.type, w.k);
-    const size_t panel_bytes = size_t(units) * UNIT_BYTES;
-    constexpr int ROWS_MAX = 256;
-    const int fit = std::max<int>(4 * TILE_ROWS, std::min<int>(ROWS_MAX, int(ROWS_BYTES_MAX / a_stride)));
-    const int blocks = (m + fit - 1) / fit;
-    alignas(64) static thread_local float sums[ROWS_MAX * PANEL];
-    for (int block = 0; block < blocks; ++block) {
-        const Range rows = share(m, block, blocks);
-        const int tiles = (rows.end - rows.begin + TILE_ROWS - 1) / TILE_ROWS;
-        for (int part = panels.begin * (VECTORS / PART_VECTORS); part < panels.end * (VECTORS / PART_VECTORS); ++part) {
-            const int column = part * PART_VECTORS * WIDTH;
-            const char* b = static_cast<const char*>(w.data) + column / PANEL * panel_bytes +
-                            column % PANEL * 4;
-            for (int unit = 0; unit < units; unit += UNITS_MAX) {
-                const int stretch = std::min(UNITS_MAX, units - unit);
-                for (int i = 0; i < tiles; ++i) {
-                    const Range tile_rows = share(rows.end - rows.begin, i, tiles);
-                    const int row = rows.begin + tile_rows.begin;
-                    const Tile t{a + row * a_stride + size_t(unit) * Op::ROW_BYTES,
-                                 a_stride,
-                                 b + size_t(unit) * UNIT_BYTES,
-                                 panel_bytes,
-                                 nullptr,
-                                 stretch,
-                                 sums + tile_rows.begin * PANEL,
-                                 unit == 0,
-                                 unit + stretch == units,
-                                 out + size_t(row) * ldo + column,
-                                 ldo,
-                                 w.bias == nullptr ? nullptr : w.bias + column,
-                                 accumulate,
-                                 w.n - column};
-                    ONE_PANEL<Op>[tile_rows.end - tile_rows.begin - 1](t);
-                }
+void one_block(const Matrix& w, const char* a, size_t a_stride, Range rows, const Target& target,
+               Range panels) {
+    constexpr int SPAN = WIDE[ROWS - 1];
+    alignas(64) static thread_local float sums[BLOCK_ROWS_MAX * SPAN * WIDTH];
+    const int units = units_of(w.type, w.k), m = rows.end - rows.begin;
+    const int tiles = (m + ROWS - 1) / ROWS;
+    Tile t{};
+    t.a_stride = a_stride;
+    t.panel_bytes = size_t(units) * UNIT_BYTES;
+    for (int column = panels.begin * PANEL, end = panels.end * PANEL; column < end;) {
+        const bool whole = column + SPAN * WIDTH <= end;
+        const int width = (whole ? SPAN : NARROW) * WIDTH;
+        for (int unit = 0; unit < units; unit += t.units) {
+            t.units = std::min(UNITS_MAX, units - unit);
+            t.b = weights_at(w, t.panel_bytes, column) + size_t(unit) * UNIT_BYTES;
+            t.first = unit == 0, t.last = unit + t.units == units;
+            for (int i = 0; i < tiles; ++i) {
+                const Range mine = share(m, i, tiles);
+                const int row = rows.begin + mine.begin;
+                t.a = a + row * a_stride + size_t(unit) * Op::ROW_BYTES;
+                t.sums = sums + mine.begin * width;
+                t.ahead = t.b + (i < 4 ? i / 2 * t.panel_bytes + t.units * (UNIT_BYTES + 64 * (i % 2)) : 0);
+                target.aim(t, w, row, column);
+                (whole ? WIDE_TILES<Op> : NARROW_TILES<Op>)[mine.end - mine.begin - 1](t);
             }
         }
+        column += width;
     }
 }
 
 template <class Op>
-void product(const Matrix& w, const void* a, int m, float* out, int ldo, bool accumulate,
-             Range panels) {
-    const auto rows = m <= TILE_ROWS ? few_rows<Op> : many_rows<Op>;
-    rows(w, static_cast<const char*>(a), activation_bytes(w.type, w.k), m, out, ldo, accumulate, panels);
+void product(const Matrix& w, const char* a, int m, const Target& target, Range panels) {
+    const size_t a_stride = activation_bytes(w.type, w.k);
+    if (m <= FEW) return few_rows<Op>(w, a, a_stride, m, target, panels);
+    const int blocks = row_blocks(m, ROWS, a_stride);
+    for (int block = 0; block < blocks; ++block)
+        one_block<Op>(w, a, a_stride, share(m, block, blocks), target, panels);
+}
+
+#if !defined(__AVX512BF16__)
+
+// GGUF blocks: a stretch of one panel becomes floats in the L1 cache, then all rows pass.
+void stored_multiply(const Matrix& w, const char* a, size_t a_stride, int m, const Target& target,
+                     Range panels) {
+    constexpr int STRETCH = 4;  // blocks
+    alignas(64) static thread_local float opened[STRETCH * OPEN_FLOATS];
+    std::vector<float> sums(size_t(m) * PANEL);
+    const int units = w.k / BLOCK, tiles = (m + FEW - 1) / FEW;
+    const size_t block_bytes = units > 0 ? stored_panel_bytes(w.type, w.k) / units : 0;
+    const char* block = static_cast<const char*>(w.data) + size_t(panels.begin) * units * block_bytes;
+    Tile t{};
+    t.a_stride = a_stride;
+    for (int panel = panels.begin; panel < panels.end; ++panel)
+        for (int unit = 0, count = 0; unit < units; unit += count) {
+            count = std::min(STRETCH, units - unit);
+            for (int u = 0; u < count; ++u, block += block_bytes)
+                stored_open(block, w.type, opened + u * OPEN_FLOATS);
+            t.units = count * BLOCK;
+            t.first = unit == 0, t.last = unit + count == units;
+            for (int part = 0; part < PANEL; part += NARROW * WIDTH)
+                for (int i = 0; i < tiles; ++i) {
+                    const Range rows = share(m, i, tiles);
+                    t.a = a + rows.begin * a_stride + size_t(unit) * BLOCK * sizeof(float);
+                    t.b = t.ahead = reinterpret_cast<const char*>(opened + part);
+                    t.sums = sums.data() + size_t(m) * part + rows.begin * NARROW * WIDTH;
+                    target.aim(t, w, rows.begin, panel * PANEL + part);
+                    NARROW_TILES<Float32>[rows.end - rows.begin - 1](t);
+                }
+        }
+}
+
+#endif
+
+void multiply(const Matrix& w, const void* a, int m, const Target& target, Range panels) {
+    const char* rows = static_cast<const char*>(a);
+    if (m == 0) return;
+    if (is_stored(w.type))
+        stored_multiply(w, rows, activation_bytes(w.type, w.k), m, target, panels);
+    else if (w.type == F32)
+        product<Float32>(w, rows, m, target, panels);
+    else
+        product<Bfloat16>(w, rows, m, target, panels);
 }
 
 // Packing
+
+size_t panel_bytes_of(int type, int k) {
+    return is_stored(type) ? stored_panel_bytes(type, k) : size_t(units_of(type, k)) * UNIT_BYTES;
+}
 
 float read(int type, const void* row, int k) {
     if (type == F32) return static_cast<const float*>(row)[k];
@@ -279,6 +264,7 @@ float read(int type, const void* row, int k) {
 }
 
 void pack_row(char* panel, int type, int k, int lane, int source_type, const void* source) {
+    if (is_stored(type)) return stored_pack_row(panel, type, k, lane, source);
     if (type == F32) {
         auto* to = reinterpret_cast<float*>(panel) + lane;
         for (int i = 0; i < k; ++i) to[size_t(i) * PANEL] = read(source_type, source, i);
@@ -293,14 +279,12 @@ void pack_row(char* panel, int type, int k, int lane, int source_type, const voi
 
 }  // namespace
 
-size_t packed_bytes(int type, int n, int k) {
-    return size_t(panels_of(n)) * units_of(type, k) * UNIT_BYTES;
-}
+size_t packed_bytes(int type, int n, int k) { return panels_of(n) * panel_bytes_of(type, k); }
 
 void pack(void* packed, int type, int n, int k, int source_type, const void* source,
           size_t source_stride_bytes, int first_row, int rows, int thread, int threads) {
     const Range panels = share(panels_of(n), thread, threads);
-    const size_t panel_bytes = size_t(units_of(type, k)) * UNIT_BYTES;
+    const size_t panel_bytes = panel_bytes_of(type, k);
     for (int panel = panels.begin; panel < panels.end; ++panel) {
         const int begin = std::max(panel * PANEL, first_row);
         const int end = std::min((panel + 1) * PANEL, first_row + rows);
@@ -314,9 +298,10 @@ void pack(void* packed, int type, int n, int k, int source_type, const void* sou
 }
 
 void unpack_row(const Matrix& w, int row, float* out) {
-    const char* panel = static_cast<const char*>(w.data) +
-                        size_t(row / PANEL) * units_of(w.type, w.k) * UNIT_BYTES;
+    const char* panel =
+        static_cast<const char*>(w.data) + row / PANEL * panel_bytes_of(w.type, w.k);
     const int lane = row % PANEL;
+    if (is_stored(w.type)) return stored_unpack_row(panel, w.type, w.k, lane, out);
     for (int i = 0; i < w.k; ++i)
         out[i] = w.type == F32
                      ? reinterpret_cast<const float*>(panel)[size_t(i) * PANEL + lane]
@@ -333,22 +318,43 @@ int activation_kind(int type) {
 #endif
 }
 
-// An odd number of cache lines: rows never fall into the same few sets of the L1 cache.
-size_t activation_bytes(int type, int k) {
-    const size_t bytes = k_padded(type, k) * (activation_kind(type) == F32 ? 4 : 2);
-    return ((bytes + 63) / 64 | 1) * 64;
+// A row rounded to bf16 is followed by the sums of its blocks, which minima multiply.
+static size_t values_bytes(int type, int k) {
+    return k_padded(type, k) * (activation_kind(type) == F32 ? 4 : 2);
 }
 
-void prepare_row(int type, int k, const float* x, void* row) {
-    const size_t bytes = activation_bytes(type, k);
-    const bool rounded = activation_kind(type) == BF16;
-    const size_t used = size_t(k) * (rounded ? 2 : 4);
-    if (rounded)
-        floats_to_bf16(x, k, static_cast<uint16_t*>(row));
-    else
-        std::memcpy(row, x, used);
-    std::memset(static_cast<char*>(row) + used, 0, bytes - used);
+// An odd number of cache lines: rows never fall into the same few sets of the L1 cache.
+size_t activation_bytes(int type, int k) {
+    const size_t sums = activation_kind(type) == BF16 ? size_t(k / BLOCK) * sizeof(float) : 0;
+    return ((values_bytes(type, k) + sums + 63) / 64 | 1) * 64;
 }
+
+static void sum_blocks(const uint16_t* x, int blocks, float* sums) {
+    for (int b = 0; b < blocks; ++b, x += BLOCK) {
+        float values[BLOCK];
+        bf16_to_floats(x, BLOCK, values);
+        for (int width = BLOCK / 2; width > 0; width /= 2)
+            for (int i = 0; i < width; ++i) values[i] += values[i + width];
+        sums[b] = values[0];
+    }
+}
+
+void prepare_row(int type, int k, int x_type, const void* x, void* row) {
+    const int kind = activation_kind(type);
+    const size_t used = size_t(k) * (kind == F32 ? 4 : 2);
+    if (x_type == kind)
+        std::memcpy(row, x, used);
+    else if (kind == BF16)
+        floats_to_bf16(static_cast<const float*>(x), k, static_cast<uint16_t*>(row));
+    else
+        bf16_to_floats(static_cast<const uint16_t*>(x), k, static_cast<float*>(row));
+    char* end = static_cast<char*>(row) + values_bytes(type, k);
+    std::memset(static_cast<char*>(row) + used, 0, values_bytes(type, k) - used);
+    if (kind == BF16 && k % BLOCK == 0)
+        sum_blocks(static_cast<const uint16_t*>(row), k / BLOCK, reinterpret_cast<float*>(end));
+}
+
+void prepare_row(int type, int k, const float* x, void* row) { prepare_row(type, k, F32, x, row); }
 
 Range columns_of(const Matrix& w, int thread, int threads) {
     const Range panels = share(panels_of(w.n), thread, threads);
@@ -357,9 +363,14 @@ Range columns_of(const Matrix& w, int thread, int threads) {
 
 void gemm(const Matrix& w, const void* a, int m, float* out, int ldo, bool accumulate, int thread,
           int threads) {
-    const Range panels = share(panels_of(w.n), thread, threads);
-    const auto whole = w.type == F32 ? product<Float32> : product<Bfloat16>;
-    if (m > 0) whole(w, a, m, out, ldo, accumulate, panels);
+    const Target target{reinterpret_cast<char*>(out), size_t(ldo) * sizeof(float), F32, accumulate};
+    multiply(w, a, m, target, share(panels_of(w.n), thread, threads));
+}
+
+void gemm_bf16(const Matrix& w, const void* a, int m, uint16_t* out, int ldo, int thread,
+               int threads) {
+    const Target target{reinterpret_cast<char*>(out), size_t(ldo) * sizeof(uint16_t), BF16, false};
+    multiply(w, a, m, target, share(panels_of(w.n), thread, threads));
 }
 
 }  // namespace tl

@@ -4,7 +4,7 @@
 // (`tl_linear` in native.cpp).  No barrier is inside; results of one call are complete after
 // the caller's next barrier, except columns_of(thread), which that thread wrote itself.
 //
-// INV-ENG-21: a result is a fixed sequence of operations over k, whatever the number of rows,
+// INV-ENG-41: a result is a fixed sequence of operations over k, whatever the number of rows,
 // of threads and whatever else is in the batch.  A row alone equals the same row in a batch,
 // bit for bit (for one instruction set and one type of weights).
 #pragma once
@@ -35,6 +35,7 @@ size_t activation_bytes(int type, int k);
 // Puts a row of k floats in the form that products read: rounded to bf16 (avx512bf16, all
 // types but F32) or as it is, padded with zeros.
 void prepare_row(int type, int k, const float* x, void* row);
+void prepare_row(int type, int k, int x_type, const void* x, void* row);  // F32 or BF16
 
 // The columns of `out` that a thread writes.
 Range columns_of(const Matrix& w, int thread, int threads);
@@ -43,5 +44,9 @@ Range columns_of(const Matrix& w, int thread, int threads);
 // a: m prepared rows; ldo: floats between rows of out.
 void gemm(const Matrix& w, const void* a, int m, float* out, int ldo, bool accumulate, int thread,
           int threads);
+
+// The same with results rounded to bf16.
+void gemm_bf16(const Matrix& w, const void* a, int m, uint16_t* out, int ldo, int thread,
+               int threads);
 
 }  // namespace tl

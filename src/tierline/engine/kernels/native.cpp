@@ -60,35 +60,20 @@ void tl_unpack_row(const tl::Matrix* w, int row, float* out) { tl::unpack_row(*w
 
 // out[m][n] = x[m][k] W^T + bias, dense rows.  x and out are F32 or BF16.
 void tl_linear(const tl::Matrix* w, const void* x, int x_type, int m, void* out, int out_type) {
-    static thread_local Buffer rows_buffer, floats_buffer, results_buffer;
-    const int n = w->n, k = w->k;
-    const size_t row_bytes = tl::activation_bytes(w->type, k);
-    char* rows = static_cast<char*>(rows_buffer.at_least(m * row_bytes));
-    float* results = static_cast<float*>(
-        out_type == tl::F32 ? out : results_buffer.at_least(size_t(m) * n * sizeof(float)));
-    float* floats = x_type == tl::F32
-                        ? nullptr
-                        : static_cast<float*>(floats_buffer.at_least(size_t(m) * k * sizeof(float)));
+    static thread_local Buffer buffer;
+    const size_t x_stride = size_t(w->k) * (x_type == tl::F32 ? 4 : 2);
+    const size_t stride = tl::activation_bytes(w->type, w->k);
+    char* rows = static_cast<char*>(buffer.at_least(m * stride));
     tl::parallel([&](int thread, int threads) {
         const tl::Range mine = tl::share(m, thread, threads);
-        for (int row = mine.begin; row < mine.end; ++row) {
-            const float* values = static_cast<const float*>(x) + size_t(row) * k;
-            if (x_type == tl::BF16) {
-                tl::bf16_to_floats(static_cast<const uint16_t*>(x) + size_t(row) * k, k,
-                                   floats + size_t(row) * k);
-                values = floats + size_t(row) * k;
-            }
-            tl::prepare_row(w->type, k, values, rows + row * row_bytes);
-        }
+        for (int row = mine.begin; row < mine.end; ++row)
+            tl::prepare_row(w->type, w->k, x_type, static_cast<const char*>(x) + row * x_stride,
+                            rows + row * stride);
         tl::barrier();
-        tl::gemm(*w, rows, m, results, n, false, thread, threads);
-        if (out_type == tl::BF16) {
-            const tl::Range columns = tl::columns_of(*w, thread, threads);
-            for (int row = 0; row < m; ++row)
-                tl::floats_to_bf16(results + size_t(row) * n + columns.begin,
-                                   columns.end - columns.begin,
-                                   static_cast<uint16_t*>(out) + size_t(row) * n + columns.begin);
-        }
+        if (out_type == tl::F32)
+            tl::gemm(*w, rows, m, static_cast<float*>(out), w->n, false, thread, threads);
+        else
+            tl::gemm_bf16(*w, rows, m, static_cast<uint16_t*>(out), w->n, thread, threads);
     });
 }
 
