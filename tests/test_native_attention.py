@@ -11,7 +11,7 @@ import torch
 
 from tierline.engine import native
 from tierline.engine.arena import Arena, geometry
-from tierline.engine.attention import ATTENTION, Version
+from tierline.engine.attention import Version, naive
 from tierline.engine.batch import Batch
 from tierline.engine.decoder import Attention, Decoder, Dense, Layer, Rope
 from tierline.engine.native_attention import read_layer, version, why_not, write_layer
@@ -25,6 +25,7 @@ def kernels(request: pytest.FixtureRequest) -> native.Kernels:
     folder = Path(request.config.cache.mkdir("kernels"))  # kept: a build is named by its sources
     loaded = native.load(folder, isa=request.param)
     if isinstance(loaded, native.Missing):
+        assert "could not" not in loaded.reason, loaded.reason
         pytest.skip(loaded.reason)
     return loaded
 
@@ -191,10 +192,7 @@ def error_of(found: list[torch.Tensor], expected: list[torch.Tensor]) -> float:
 def test_equals_the_definition(kernels: native.Kernels, dtype: torch.dtype) -> None:
     cases = [random_case(seed, dtype) for seed in range(12)]
 
-    errors = {
-        c.seed: error_of(attended(c, version(kernels)), attended(c, ATTENTION["naive"]))
-        for c in cases
-    }
+    errors = {c.seed: error_of(attended(c, version(kernels)), attended(c, naive)) for c in cases}
 
     assert max(errors.values()) < TOLERANCE[dtype], errors
 
@@ -235,7 +233,7 @@ def test_one_long_sequence_is_shared_by_threads_and_comes_out_the_same(
             out = version(kernels)(q, k, v, batch, run.arena, run.layer, case.attention)
         found.append(out)
 
-    assert error_of(found[:1], [attended(case, ATTENTION["naive"], chunk=1700)[0][-1:]]) < 1e-5
+    assert error_of(found[:1], [attended(case, naive, chunk=1700)[0][-1:]]) < 1e-5
     assert torch.equal(*found)
 
 
@@ -255,7 +253,7 @@ def test_garbage_that_is_seen_is_noticed(kernels: native.Kernels) -> None:
         return out
 
     case = replace(case, attention=replace(case.attention, window_tokens=None))
-    expected = attended(case, ATTENTION["naive"])
+    expected = attended(case, naive)
 
     assert error_of(attended(case, attend), expected) < 1e-5
     assert error_of(attended(case, bent), expected) > 1e-2
