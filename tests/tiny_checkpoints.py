@@ -53,8 +53,8 @@ ARCHITECTURES: dict[str, tuple[str, dict[str, Any]]] = {
         | {"num_key_value_heads": 4, "q_lora_rank": 24, "kv_lora_rank": 32}
         | {"qk_nope_head_dim": 16, "qk_rope_head_dim": 8, "v_head_dim": 24}
         | {"first_k_dense_replace": 1, "n_routed_experts": 8, "n_shared_experts": 2}
-        | {"moe_intermediate_size": 32, "routed_scaling_factor": 1.5, "n_group": 4}
-        | {"topk_group": 2, "topk_method": "group_limited_greedy"},
+        | {"moe_intermediate_size": 32, "routed_scaling_factor": 1.5, "n_group": 2}
+        | {"topk_group": 1, "topk_method": "group_limited_greedy"},
     ),
 }
 
@@ -89,7 +89,7 @@ def _fill(name: str, weight: torch.Tensor) -> None:
     elif name.endswith("bias"):
         weight.normal_(std=0.3)
     elif "embed" in name:
-        weight.normal_(std=0.3)
+        weight.normal_(std=0.1)
     else:
         weight.normal_(std=1.5 / weight.shape[-1] ** 0.5)
 

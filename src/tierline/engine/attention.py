@@ -1,15 +1,15 @@
-"""Attention over the paged cache: a ladder of versions behind one function.
+"""Attention over the paged cache: a ladder of versions that are called alike.
 
-`network` calls `attend` in every layer.  A version first writes the keys and values of the
-step's tokens into their pages and then attends over all that the block tables name, so
-prompt chunks, decodes and any mix of them are one case.  `naive` is the reference that can be read
-against the definition; every other version is tested against it.  Other files add theirs to
-`ATTENTION`: native CPU kernels, CUDA kernels.
+`network` calls one in every layer.  A version first writes the keys and values of the step's
+tokens into their pages and then attends over all that the block tables name, so prompt
+chunks, decodes and any mix of them are one case.  `naive` is the reference that can be read
+against the definition; every other version is tested against it: `gathered` here,
+`native_attention` and `attention_cuda` in files of their own.
 
 Latent attention comes here, too, as one KV head whose value is the head of its key.
 
 Invariants
-    INV-ENG-1  a token sees the positions from its own back to the window's edge, and nothing
+    INV-ENG-6  a token sees the positions from its own back to the window's edge, and nothing
                that another slot of any page holds, NaN included
 """
 
@@ -26,28 +26,12 @@ from tierline.engine.decoder import Attention, LatentAttention
 
 Int64s = NDArray[np.int64]
 AnyAttention = Attention | LatentAttention
+# (q [T, heads, dim]; k, v [T, KV heads, dim], rotated, v None for latents; the step; the
+# arena; the layer's number and shape) -> [T, heads, value dim]
 Version = Callable[
     [torch.Tensor, torch.Tensor, torch.Tensor | None, Batch, Arena, int, AnyAttention],
     torch.Tensor,
 ]
-
-
-def attend(
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor | None,
-    batch: Batch,
-    arena: Arena,
-    layer_number: int,
-    attention: AnyAttention,
-    *,
-    how: str,
-) -> torch.Tensor:
-    """Write k and v of the step's tokens, then attend: [T, heads, value dim].
-
-    q [T, heads, dim]; k, v [T, KV heads, dim], already rotated; v is None for latents.
-    """
-    return ATTENTION[how](q, k, v, batch, arena, layer_number, attention)
 
 
 def write(

@@ -16,7 +16,7 @@ import torch
 from torch.nn import functional
 
 from tierline.engine.arena import Arena
-from tierline.engine.attention import attend
+from tierline.engine.attention import Version, gathered
 from tierline.engine.batch import Batch
 from tierline.engine.decoder import Attention, Decoder, Dense, Experts, LatentAttention
 from tierline.engine.rope import Angles, rotate, turning
@@ -40,9 +40,9 @@ class Network:
         *,
         dtype: torch.dtype,
         device: torch.device,
-        attention: str = "gathered",
+        attention: Version = gathered,
     ) -> None:
-        """`attention` is the version of `attention.ATTENTION` that every layer uses.
+        """`attention` is the version that every layer uses.
 
         A tensor that `weights` gives is kept as it is where type and device already agree,
         so memory-mapped files are not copied.
@@ -188,8 +188,10 @@ class _Layer:
             self._post_attention = load.norm("post_attention_norm")
             self._post_ffn = load.norm("post_ffn_norm")
 
-    def __call__(self, x: torch.Tensor, batch: Batch, arena: Arena, how: str) -> torch.Tensor:
-        attended = self._attention(self._norm(x), batch, arena, how)
+    def __call__(
+        self, x: torch.Tensor, batch: Batch, arena: Arena, attend: Version
+    ) -> torch.Tensor:
+        attended = self._attention(self._norm(x), batch, arena, attend)
         x = x + self._post_attention(attended)
         if self._last:  # the cache is written: from here on only rows with wanted logits matter
             x = x[batch.tensor("wanted", x.device)]
@@ -201,7 +203,7 @@ def _same(x: torch.Tensor) -> torch.Tensor:
 
 
 class _Heads:
-    """Grouped-query attention: projections, norms and rotation around `attend`."""
+    """Grouped-query attention: projections, norms and rotation around a version of `attention`."""
 
     def __init__(self, attention: Attention, number: int, load: _Loader) -> None:
         self._shape, self._number = attention, number
@@ -213,7 +215,9 @@ class _Heads:
             norms += [load.norm_weight("k_norm")] * attention.kv_heads
             self._qk_norm = Norm(torch.stack(norms), eps=load._decoder.norm_eps)
 
-    def __call__(self, x: torch.Tensor, batch: Batch, arena: Arena, how: str) -> torch.Tensor:
+    def __call__(
+        self, x: torch.Tensor, batch: Batch, arena: Arena, attend: Version
+    ) -> torch.Tensor:
         shape = self._shape
         heads = self._qkv(x).view(len(x), -1, shape.head_dim)
         turned = shape.heads + shape.kv_heads  # queries and keys are normed and rotated together
@@ -227,7 +231,6 @@ class _Heads:
             arena,
             self._number,
             shape,
-            how=how,
         )
         return self._out(out.flatten(1))
 
@@ -250,7 +253,9 @@ class _Latent:
         self._from_latent = up_by_head[:, attention.nope_dim :]  # [heads, v, rank]
         self._out = load.linear("o", bias=attention.out_bias)
 
-    def __call__(self, x: torch.Tensor, batch: Batch, arena: Arena, how: str) -> torch.Tensor:
+    def __call__(
+        self, x: torch.Tensor, batch: Batch, arena: Arena, attend: Version
+    ) -> torch.Tensor:
         shape, angles = self._shape, _angles(self._shape, batch, x)
         turn = functools.partial(rotate, angles=angles, interleaved=shape.rope.interleaved)
         q = self._queries(x).view(len(x), shape.heads, -1)
@@ -259,7 +264,7 @@ class _Latent:
         kv = self._down(x)[:, None]
         latent, turned = self._norm(kv[..., : shape.kv_rank]), turn(kv[..., shape.kv_rank :])
         k = torch.cat((latent, turned), -1)
-        out = attend(q, k, None, batch, arena, self._number, shape, how=how)
+        out = attend(q, k, None, batch, arena, self._number, shape)
         return self._out(torch.einsum("thr,hvr->thv", out, self._from_latent).flatten(1))
 
 

@@ -23,6 +23,7 @@ from tierline.engine.models import (
 )
 from tierline.engine.models.parts import fields_of
 
+# By the class that `architectures` names, and by `model_type` for configs without.
 ARCHITECTURES: Mapping[str, Callable[[Fields], Decoder]] = {
     "DeepseekV2ForCausalLM": deepseek_v2.decoder,
     "Gemma3ForCausalLM": gemma3.decoder,
@@ -33,6 +34,16 @@ ARCHITECTURES: Mapping[str, Callable[[Fields], Decoder]] = {
     "Qwen3ForCausalLM": qwen3.decoder,
     "Qwen3MoeForCausalLM": qwen3_moe.decoder,
 }
+MODEL_TYPES: Mapping[str, str] = {
+    "deepseek_v2": "DeepseekV2ForCausalLM",
+    "gemma3_text": "Gemma3ForCausalLM",
+    "llama": "LlamaForCausalLM",
+    "mistral": "MistralForCausalLM",
+    "mixtral": "MixtralForCausalLM",
+    "qwen2": "Qwen2ForCausalLM",
+    "qwen3": "Qwen3ForCausalLM",
+    "qwen3_moe": "Qwen3MoeForCausalLM",
+}
 
 
 def decoder_of(config: Mapping[str, Any]) -> Decoder:
@@ -42,7 +53,8 @@ def decoder_of(config: Mapping[str, Any]) -> Decoder:
     a config asks for and the engine does not compute.
     """
     named = config.get("architectures")
-    name = named[0] if isinstance(named, list) and named else config.get("model_type")
+    kind = config.get("model_type")
+    name = named[0] if isinstance(named, list) and named else MODEL_TYPES.get(str(kind), kind)
     if not isinstance(name, str) or name not in ARCHITECTURES:
         known = ", ".join(sorted(ARCHITECTURES))
         raise SpecError(
