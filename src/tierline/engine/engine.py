@@ -112,6 +112,8 @@ class Engine:
         engine could serve, `DoesNotFitError` for what this one's memory can not.
         """
         self._require(prompt)
+        if params.max_tokens == 0:
+            raise RequestError("max_tokens is 0: nothing to generate", hint="ask for one at least")
         now_ps = self.clock.now_ps()
         room = self.positions_max - len(prompt)
         most = room if params.max_tokens is None else min(params.max_tokens, room)
