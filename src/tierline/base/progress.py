@@ -24,7 +24,7 @@ def _bar(items: Iterable[T], what: str) -> Iterator[T]:
 
 @contextmanager
 def progress_bar(
-    total: int, *, what: str, show: bool = True
+    total: int, *, what: str, unit: str = " requests", show: bool = True
 ) -> Iterator[Callable[[int], None] | None]:
     """For work that counts by itself: call what this gives with how many more are done.
 
@@ -35,7 +35,7 @@ def progress_bar(
         return
     from tqdm import tqdm
 
-    with tqdm(total=total, desc=what, unit=" requests", file=sys.stderr, leave=False) as bar:
+    with tqdm(total=total, desc=what, unit=unit, file=sys.stderr, leave=False) as bar:
 
         def done(count: int) -> None:
             bar.update(count)

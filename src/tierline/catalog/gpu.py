@@ -34,6 +34,27 @@ class Price:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Reached:
+    """What the steps of one machine reached of its rates when it measured itself.
+
+    `tierline calibrate` writes it; `perf` prices with it in place of what others measured.
+    """
+
+    memory: float  # of the memory rate, reading weights
+    cache: float  # of the memory rate, reading KV
+    dense: Mapping[str, float]  # of the bf16 rate, by weight format: bf16, fp32
+    attention: float  # of the bf16 rate, scoring prompt tokens
+    layer_us: float  # fixed time of one layer
+    step_us: float  # of one step
+    sequence_us: float  # of one decoding sequence: scheduled, sampled, turned to text
+    prompt_us: float  # more in a step with prompt tokens
+    prompt_layer_us: float  # and in each of its layers
+    low: float  # p10 and p90 of measured / predicted step time
+    high: float
+    source: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class GpuSpec:
     """One accelerator."""
 
@@ -56,6 +77,7 @@ class GpuSpec:
     notes: str = ""
     aliases: tuple[str, ...] = ()  # other names people type
     role: str = "accelerator"  # or "host": a memory tier that serves no model by itself
+    reached: Reached | None = None  # measured on it; None: `perf` knows from elsewhere
 
     def __post_init__(self) -> None:
         if "bf16" not in self.flops_per_s:

@@ -3,10 +3,15 @@
 One accelerator is one TOML file in `data/gpus/`, and every number in it names its source.
 A price nobody quoted is absent and reads as None: unknown, never a guess. The planner asks
 here which accelerators there are, what a format may run on, and at which rate.
+
+A user's own files lie in `own_folder()`, where `tierline calibrate` writes this machine's;
+`NAME.toml` is found by its name wherever a name is asked for. They are nobody else's, so they
+are planned with only when they are named.
 """
 
 import functools
 import math
+import os
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from importlib import resources
@@ -16,7 +21,7 @@ from tierline.base.errors import SpecError
 from tierline.base.files import read_text
 from tierline.base.names import lookup
 from tierline.catalog.formats import Format
-from tierline.catalog.gpu import GpuSpec, Price, ScaleUp
+from tierline.catalog.gpu import GpuSpec, Price, Reached, ScaleUp
 from tierline.catalog.table import Table, parse_toml
 from tierline.catalog.tier import TierSpec
 
@@ -26,18 +31,23 @@ FABRICS = ("nvlink", "mesh", "torus", "ethernet", "pcie", "none")
 _SOURCED = ("memory_gb", "memory_gb_per_s", "tflops", "scale_up", "gpus_per_node")
 _SOURCED_IF_GIVEN = ("tdp_w", "allin_w")
 _IDENTITY = ("name", "title", "aliases", "role", "vendor", "generation", "notes")
-_TABLES = ("host", "nvme", "network", "price", "sources")
+_TABLES = ("host", "nvme", "network", "price", "sources", "reached")
 _KEYS = (*_IDENTITY, *_SOURCED, *_SOURCED_IF_GIVEN, *_TABLES)
 _MATH = ("bf16", "fp8", "fp4", "int8")
 _SCALE_UP_KEYS = ("kind", "gb_per_s", "pair_gb_per_s", "domain_gpus")
 _TIER_RATES = ("capacity_gb", "read_gb_per_s", "write_gb_per_s", "latency_us", "shared_by_gpus")
 _TIER_KEYS = (*_TIER_RATES, "usd_per_hour", "source")
 _TIER_NAMES = {"host": "dram", "nvme": "nvme", "network": "remote"}
+_SHARES = ("memory", "cache", "attention")
+_REACHED_FORMATS = ("bf16", "fp32")
+_FIXED_US = ("layer_us", "step_us", "sequence_us", "prompt_us", "prompt_layer_us")
+_REACHED_KEYS = (*_SHARES, "dense", *_FIXED_US, "low", "high", "source")
 _PRICE_KEYS = ("low_usd", "typical_usd", "high_usd", "owner_usd", "as_of", "source")
 
 
 def load_gpu(name_or_path: str) -> GpuSpec:
-    """An accelerator by name, by alias, or from a TOML file of one's own.
+    """An accelerator by name, by alias, or from a TOML file of one's own: its path, or its name
+    when it lies in `own_folder()`. What ships keeps its name.
 
     Raises `SpecError` that names the nearest accelerators, or the key that is wrong.
     """
@@ -45,15 +55,40 @@ def load_gpu(name_or_path: str) -> GpuSpec:
         text = read_text(Path(name_or_path), what="gpu file")
         return parse_gpu(text, where=name_or_path)
     gpus, names = _catalogue()
+    name = name_or_path.strip().casefold()
+    own = own_files() if name not in names else {}
+    if name in own:
+        return _own(own[name])
     return gpus[
         lookup(
             "gpu",
-            name_or_path.strip().casefold(),
-            names,
+            name,
+            {**names, **dict.fromkeys(own, "")},
             error=SpecError,
             way_out="or give the path of your own .toml file",
         )
     ]
+
+
+def _own(path: Path) -> GpuSpec:
+    """An entry that is found by the name of its file, which must be the name it has inside:
+    deployments say the one, and look for the other."""
+    gpu = parse_gpu(read_text(path, what="gpu file"), where=str(path))
+    if gpu.name.casefold() != path.stem.casefold():
+        raise SpecError(
+            f"{path} has the name {gpu.name!r}", hint="give the file and its entry the same name"
+        )
+    return gpu
+
+
+def own_folder() -> Path:
+    """Where a user's own entries lie, `NAME.toml` each."""
+    return Path(os.path.expanduser("~/.config/tierline/gpus"))  # "~" stays where nobody has a home
+
+
+def own_files() -> dict[str, Path]:
+    """The user's own entries by name, in lower case."""
+    return {path.stem.casefold(): path for path in sorted(own_folder().glob("*.toml"))}
 
 
 def gpu_names() -> list[str]:
@@ -84,6 +119,9 @@ def with_price(gpu: GpuSpec, usd_per_hour: float) -> GpuSpec:
 def supports(gpu: GpuSpec, weight_format: Format) -> str | None:
     """None when `gpu` can run weights of this format to advantage, else the reason why not."""
     flops, math_format = gpu.flops_per_s, weight_format.math
+    if gpu.reached is not None and weight_format.name not in gpu.reached.dense:
+        known = " and ".join(gpu.reached.dense)
+        return f"{gpu.title} measured itself with {known} weights only"
     if weight_format.name == "mxfp4" and "fp4" not in flops:
         if gpu.vendor in ("NVIDIA", "AMD"):
             return None  # kernels unpack it to bf16: how gpt-oss runs on Hopper, Ampere and MI300
@@ -163,6 +201,7 @@ def parse_gpu(text: str, *, where: str) -> GpuSpec:
         price=_price(table.table("price", _PRICE_KEYS)),
         sources=_sources(table),
         notes=table.text("notes") if "notes" in table else "",
+        reached=_reached(table) if "reached" in table else None,
     )
 
 
@@ -209,6 +248,20 @@ def _price(table: Table) -> Price:
     if known != sorted(known):
         raise table.error("typical_usd", "is not between low_usd and high_usd")
     return price
+
+
+def _reached(table: Table) -> Reached:
+    reached = table.table("reached", _REACHED_KEYS)
+    dense = reached.table("dense", _REACHED_FORMATS)
+    return Reached(
+        dense={"bf16": dense.number("bf16")}
+        | {key: dense.number(key) for key in _REACHED_FORMATS if key in dense},
+        **{key: reached.number(key) for key in _SHARES},
+        **{key: reached.number_from(key) for key in _FIXED_US},
+        low=reached.number("low", high=1.0),
+        high=reached.number_from("high", low=1.0),
+        source=reached.text("source"),
+    )
 
 
 def _sources(table: Table) -> Mapping[str, str]:

@@ -50,7 +50,7 @@ from tierline.catalog.formats import (
     kv_format,
     weight_format,
 )
-from tierline.catalog.gpu import GpuSpec
+from tierline.catalog.gpu import GpuSpec, Reached
 from tierline.catalog.gpus import math_flops_per_s
 from tierline.catalog.model import AttentionGroup, FfnGroup, ModelSpec
 from tierline.perf.evidence import Evidence
@@ -136,8 +136,11 @@ def _rates_file() -> Mapping[str, Any]:
 
 
 def load_rates(gpu: GpuSpec) -> Rates:
-    """Rates of `gpu`: its own fit, else its generation's, else generic ones over the datasheet."""
+    """Rates of `gpu`: measured by itself, else its own fit, else its generation's, else generic
+    ones over the datasheet."""
     table = _rates_file()
+    if gpu.reached is not None:
+        return _rates_reached(gpu.reached)
     entry = dict(table["generic"])
     chosen = "generic"
     for key in (gpu.generation.casefold(), gpu.name):
@@ -152,6 +155,29 @@ def load_rates(gpu: GpuSpec) -> Rates:
         high=band["high"],
     )
     return Rates(**entry, evidence=evidence)
+
+
+def _rates_reached(reached: Reached) -> Rates:
+    """Rates of a machine that measured itself: every kind of layer has the one fixed time."""
+    layer_us = reached.layer_us
+    return Rates(
+        memory=reached.memory,
+        cache=reached.cache,
+        dense=reached.dense,
+        expert=reached.dense,
+        attention=reached.attention,
+        layer_dense_us=layer_us,
+        layer_moe_us=layer_us,
+        layer_mla_us=layer_us,
+        layer_fused_us=layer_us,
+        collective=_rates_file()["generic"]["collective"],
+        step_ms=reached.step_us * 1e-3,
+        sequence_us=reached.sequence_us,
+        prefill_ms=reached.prompt_us * 1e-3,
+        prefill_layer_us=reached.prompt_layer_us,
+        prefill_mla_us=reached.prompt_layer_us,
+        evidence=Evidence(kind="fitted", source=reached.source, low=reached.low, high=reached.high),
+    )
 
 
 def load_engine(name: str) -> EngineProfile:
