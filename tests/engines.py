@@ -20,7 +20,9 @@ GREEDY = {"temperature": 0.0, "ignore_eos": True}
 def tiny_engine(path: Path, **options: Any) -> Engine:
     """An engine in fp32 on the torch path, unless `options` say otherwise."""
     chosen = {"dtype": "fp32", "kernels": "torch", "device": "cpu", "kv_bytes": 2_000_000}
-    return open_engine(path, EngineOptions(**(chosen | options)), clock=VirtualClock())
+    engine = open_engine(path, EngineOptions(**(chosen | options)), clock=VirtualClock())
+    engine.executor.arena.data.fill_(0xFF)  # NaN: what nobody wrote must not be read
+    return engine
 
 
 def greedy(tokens: int, **fields: Any) -> SamplingParams:
