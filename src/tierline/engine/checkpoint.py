@@ -20,7 +20,7 @@ from typing import Any
 import torch
 
 from tierline.base.errors import DoesNotFitError, SpecError
-from tierline.base.files import canonical_json, read_text
+from tierline.base.files import read_text
 from tierline.engine.gguf_blocks import BLOCKS, dequantise
 from tierline.engine.mapped import MappedFile, Stored
 from tierline.engine.safetensors_file import TORCH_TYPES, read_safetensors
@@ -66,7 +66,8 @@ class Checkpoint:
         Over the name, the config, all headers and 64 bytes from the middle of every tensor, so
         that two fine-tunes of one shape differ without reading all weights.
         """
-        digest = hashlib.sha256(f"{self.name}\n{canonical_json(dict(self.config))}".encode())
+        config = json.dumps(dict(self.config), sort_keys=True)
+        digest = hashlib.sha256(f"{self.name}\n{config}".encode())
         for name, stored in sorted(self._stored.items()):
             middle = stored.offset + stored.size_bytes // 2
             end = min(middle + 64, stored.offset + stored.size_bytes)

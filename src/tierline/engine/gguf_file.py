@@ -117,7 +117,7 @@ def _tensors(cursor: _Cursor, count: int, metadata: Mapping[str, Any]) -> dict[s
     infos = []
     for _ in range(count):
         name, dimensions = cursor.text(), cursor.number("I")
-        if dimensions > 4:
+        if not 1 <= dimensions <= 4:
             raise cursor.damaged(f"tensor {name!r} has {dimensions} dimensions")
         shape = tuple(cursor.number("Q") for _ in range(dimensions))[::-1]
         infos.append((name, shape, cursor.number("I"), cursor.number("Q")))
@@ -140,7 +140,7 @@ def _stored(cursor: _Cursor, name: str, shape: tuple[int, ...], kind: int, offse
     except ValueError:
         raise cursor.damaged(f"tensor {name!r} has unknown type number {kind}") from None
     elements, block_bytes = GGML_QUANT_SIZES[type_]
-    if any(n >= 1 << 40 for n in shape) or (shape[-1] if shape else 1) % elements:
+    if not all(0 < n < 1 << 40 for n in shape) or shape[-1] % elements:
         raise cursor.damaged(f"tensor {name!r} has shape {list(shape)} in {type_.name} blocks")
     size_bytes = math.prod(shape) // elements * block_bytes
     if offset + size_bytes > cursor.file.size_bytes:
@@ -266,6 +266,10 @@ def config_of(header: Header, *, where: str) -> dict[str, Any]:
     missing = [key for key in _COUNTS.values() if type(values.get(key)) is not int]
     if missing:
         raise SpecError(f"{where}: no whole number for {', '.join(missing)}")
+    for key in (*_OPTIONAL.values(), "rope.freq_base"):
+        value = values.get(key, 0)
+        if type(value) not in (int, float) or not math.isfinite(value):
+            raise SpecError(f"{where}: {key} is {str(value)[:40]!r}, not one number")
     config: dict[str, Any] = {
         "architectures": [kind.class_name],
         "model_type": kind.model_type,
@@ -279,9 +283,12 @@ def config_of(header: Header, *, where: str) -> dict[str, Any]:
     config |= {ours: values[theirs] for ours, theirs in _OPTIONAL.items() if theirs in values}
     if "rms_norm_eps" in config:  # the file holds float32: 1e-05 comes as 9.999999747378752e-06
         config["rms_norm_eps"] = float(f"{config['rms_norm_eps']:.6g}")
-    if values.get("expert_count"):
+    experts = values.get("expert_count")
+    if experts:
+        if type(experts) is not int or not 0 < experts < 1 << 16:
+            raise SpecError(f"{where}: expert_count is {str(experts)[:40]!r}")
         name = "num_local_experts" if kind.model_type == "mixtral" else "num_experts"
-        config[name] = values["expert_count"]
+        config[name] = experts
     scaling = _rope_scaling(values, where=where)
     if scaling is not None:
         config["rope_scaling"] = scaling
@@ -353,6 +360,8 @@ def _as_hugging_face(
     if kind.interleaved and layer and layer[2] in ("attn_q", "attn_k"):
         key = "num_attention_heads" if layer[2] == "attn_q" else "num_key_value_heads"
         heads = config.get(key, config["num_attention_heads"])
+        if type(heads) is not int or heads <= 0 or stored.shape[0] % (2 * heads):
+            raise SpecError(f"{where}: tensor {name!r}, {list(stored.shape)}, has {heads} heads")
     added = kind.norm_added if stem.endswith("norm") else 0.0
     full = f"model.layers.{layer[0]}.{target}.{suffix}" if layer else f"{target}.{suffix}"
     stored = Stored(
@@ -364,7 +373,12 @@ def _as_hugging_face(
         interleaved_heads=heads,
         added=added,
     )
-    return _experts(full, stored) if "*" in full else {full: stored}
+    if "*" not in full:
+        return {full: stored}
+    experts = config.get("num_local_experts", config.get("num_experts"))
+    if len(stored.shape) != 3 or stored.shape[0] != experts:
+        raise SpecError(f"{where}: tensor {name!r}, {list(stored.shape)}, of {experts} experts")
+    return _experts(full, stored)
 
 
 def _experts(name: str, stack: Stored) -> dict[str, Stored]:

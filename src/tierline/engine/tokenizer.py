@@ -105,7 +105,7 @@ class Detokenizer:
         if self._skip_special and tokenizer.is_special(token):
             return ""
         piece = tokenizer.token_bytes(token)
-        if tokenizer.byte_runs:
+        if tokenizer.byte_runs and piece:  # a token that is nothing does not end a run
             if tokenizer.is_byte(token):
                 self._run += piece
                 return ""
