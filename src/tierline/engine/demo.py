@@ -40,7 +40,7 @@ def resolve_model(model: str | Path, *, folder: Path | None = None) -> Path:
     path = Path(model).expanduser()
     if path.exists():
         return path
-    if isinstance(model, Path) or len(path.parts) > 1 or path.suffix:
+    if isinstance(model, Path) or "/" in model or path.suffix:
         raise InputError(
             f"no checkpoint at {str(model)!r}",
             hint="pass a folder with config.json and *.safetensors, a .gguf file, or a name: "
