@@ -45,7 +45,7 @@ ARCHITECTURES: dict[str, tuple[str, dict[str, Any]]] = {
         "Gemma3",
         {"num_hidden_layers": 4, "head_dim": 32, "sliding_window": 20}
         | {"layer_types": ["sliding_attention"] * 3 + ["full_attention"]}
-        | {"query_pre_attn_scalar": 24},
+        | {"query_pre_attn_scalar": 8},
     ),
     "deepseek_v2": (
         "DeepseekV2",
@@ -84,7 +84,9 @@ def tiny_model(architecture: str, *, seed: int = 0, **changes: Any) -> transform
 
 def _fill(name: str, weight: torch.Tensor) -> None:
     """Norms near what they start as, products that amplify a little, so that depth matters."""
-    if "norm" in name:
+    if "q_norm" in name or "k_norm" in name:
+        weight.add_(1).add_(torch.randn_like(weight), alpha=0.2)  # sharp enough to choose
+    elif "norm" in name:
         weight.add_(torch.randn_like(weight), alpha=0.2)
     elif name.endswith("bias"):
         weight.normal_(std=0.3)
