@@ -12,10 +12,12 @@ import numpy as np
 import pytest
 import safetensors.torch
 import torch
+import transformers
 from gguf import quants
 from gguf.constants import GGMLQuantizationType
 from hypothesis import given
 from hypothesis import strategies as st
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from demo_model import demo_model
 from tierline.base.errors import SpecError
@@ -150,6 +152,7 @@ OUTSIDE = {
     "model.embed_tokens": "token_embd",
     "model.norm": "output_norm",
     "lm_head": "output",
+    "rope_freqs": "rope_freqs",
 }
 EXPERTS = {"w1": "ffn_gate_exps", "w3": "ffn_up_exps", "w2": "ffn_down_exps"}
 
@@ -278,6 +281,41 @@ def test_queries_in_the_files_order_would_be_seen(tmp_path: Path) -> None:
     name = "model.layers.0.self_attn.q_proj.weight"
 
     assert not np.array_equal(interleaved(tensors[name].numpy(), 4), tensors[name].numpy())
+
+
+LLAMA_3 = {
+    "rope_type": "llama3",
+    "rope_theta": 500_000.0,
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 8192,
+}
+
+
+def with_factors(tmp_path: Path, factors: np.ndarray) -> tuple[Path, dict[str, Any]]:
+    """A tiny Llama 3 whose file holds these rotary factors."""
+    config, tensors = read_folder(
+        tiny_checkpoint("llama", tmp_path, rope_parameters=LLAMA_3, head_dim=64)
+    )
+    tensors["rope_freqs.weight"] = torch.from_numpy(factors.astype(np.float32))
+    return write_gguf(tmp_path / "m.gguf", "llama", config, tensors, "F32"), config
+
+
+def test_llama_3s_rotary_factors_become_their_rule(tmp_path: Path) -> None:
+    """Factors as transformers derives them; a file of another rule is refused."""
+    rule = transformers.LlamaConfig(rope_parameters=LLAMA_3, head_dim=64)
+    scaled, _ = ROPE_INIT_FUNCTIONS["llama3"](rule, "cpu")
+    plain = 500_000.0 ** (-np.arange(32) / 32)
+    factors = plain / scaled.numpy()
+    path, config = with_factors(tmp_path, factors)
+    checkpoint = open_checkpoint(path)
+
+    assert len(set(factors.round(3))) > 3  # control: the rule does something
+    assert decoder_of(checkpoint.config).layers == decoder_of(config).layers
+    path, _ = with_factors(tmp_path, factors * np.linspace(1, 2, 32))
+    with pytest.raises(SpecError, match="Llama 3's rule gives"):
+        open_checkpoint(path)
 
 
 # The header, and damage

@@ -34,6 +34,7 @@ class Header:
 
     metadata: Mapping[str, Any]
     tensors: Mapping[str, Stored]  # by GGUF name; shapes outermost dimension first
+    rope_factors: tuple[float, ...] = ()  # what divides each rotary frequency; none: nothing does
 
 
 class _Cursor:
@@ -109,7 +110,15 @@ def read_header(file: MappedFile) -> Header:
         if key in metadata:
             raise cursor.damaged(f"key {key!r} comes twice")
         metadata[key] = cursor.value(cursor.number("I"))
-    return Header(metadata=metadata, tensors=_tensors(cursor, tensor_count, metadata))
+    tensors = _tensors(cursor, tensor_count, metadata)
+    factors: tuple[float, ...] = ()
+    stored = tensors.get("rope_freqs.weight")
+    if stored is not None:
+        if stored.type != "F32" or stored.size_bytes > 1 << 16:
+            raise cursor.damaged(f"rope_freqs.weight is {stored.type} {list(stored.shape)}")
+        count = stored.size_bytes // 4
+        factors = struct.unpack_from(f"<{count}f", file.map(), stored.offset)
+    return Header(metadata=metadata, tensors=tensors, rope_factors=factors)
 
 
 def _tensors(cursor: _Cursor, count: int, metadata: Mapping[str, Any]) -> dict[str, Stored]:
@@ -290,6 +299,8 @@ def config_of(header: Header, *, where: str) -> dict[str, Any]:
         name = "num_local_experts" if kind.model_type == "mixtral" else "num_experts"
         config[name] = experts
     scaling = _rope_scaling(values, where=where)
+    if any(factor != 1.0 for factor in header.rope_factors):
+        scaling = _llama_3_scaling(header.rope_factors, config["rope_theta"], where=where)
     if scaling is not None:
         config["rope_scaling"] = scaling
     for name in ("bos", "eos"):
@@ -335,6 +346,31 @@ def _rope_scaling(values: Mapping[str, Any], *, where: str) -> dict[str, Any] | 
     if original is not None:
         scaling["original_max_position_embeddings"] = original
     return scaling
+
+
+def _llama_3_scaling(factors: tuple[float, ...], theta: float, *, where: str) -> dict[str, Any]:
+    """The rule behind Llama 3's factors, which a config states and GGUF does not.
+
+    Published models differ in `factor` alone (8 in 3.1, 32 in 3.2), the largest that is stored.
+    Raises `SpecError` unless the rule gives all of the file's factors.
+    """
+    factor, original = max(factors), 8192
+    for i, stored in enumerate(factors):
+        turns = original * theta ** (-i / len(factors)) / (2 * math.pi)  # over the old context
+        smooth = min(max((turns - 1) / 3, 0.0), 1.0)
+        expected = 1 / ((1 - smooth) / factor + smooth)
+        if not abs(stored - expected) <= 1e-3 * expected:
+            raise SpecError(
+                f"{where}: rotary factor {i} is {stored:g}, Llama 3's rule gives {expected:g}",
+                hint="use the safetensors checkpoint, whose config states the rule",
+            )
+    return {
+        "rope_type": "llama3",
+        "factor": round(factor, 3),
+        "low_freq_factor": 1.0,
+        "high_freq_factor": 4.0,
+        "original_max_position_embeddings": original,
+    }
 
 
 def renamed(header: Header, config: Mapping[str, Any], *, where: str) -> dict[str, Stored]:
