@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 
+import gguf
 import numpy as np
 import pytest
 import torch
@@ -234,6 +235,44 @@ def test_bfloat16_stays_near(kernels: native.Kernels) -> None:
 
     assert similarity.min() > 0.99
     assert not torch.equal(exact, rounded)
+
+
+@pytest.mark.parametrize("kind", sorted(native.GGUF_TYPES))
+def test_blocks_of_a_gguf_file_serve_as_they_are(kernels: native.Kernels, kind: str) -> None:
+    """Near the same weights made numbers; all tensors compact, or only some of a stack."""
+    _, decoder, weights = tiny("llama")
+    type_ = gguf.GGMLQuantizationType[kind]
+    names = [name for name, shape in weight_shapes(decoder).items() if len(shape) == 2]
+    blocks = {name: gguf.quants.quantize(weights(name).numpy(), type_) for name in names}
+
+    def numbers(name: str) -> torch.Tensor:
+        if name not in blocks:
+            return weights(name)
+        return torch.from_numpy(gguf.quants.dequantize(blocks[name], type_))
+
+    def compact(name: str) -> tuple[str, torch.Tensor] | None:
+        if name == "layers.1.k" or name not in blocks:
+            return None
+        return kind, torch.from_numpy(blocks[name])
+
+    def bent(name: str) -> tuple[str, torch.Tensor] | None:
+        return compact(name.replace("1.gate", "1.up"))
+
+    texts = random_texts(50, 1, 20)
+    plain = NativeNetwork(decoder, numbers, dtype=torch.float32, kernels=kernels)
+    small = NativeNetwork(decoder, numbers, dtype=torch.float32, kernels=kernels, compact=compact)
+    wrong = NativeNetwork(decoder, numbers, dtype=torch.float32, kernels=kernels, compact=bent)
+    expected, found, other = (torch.cat(Texts(n, texts).whole()) for n in (plain, small, wrong))
+    mixed = torch.cat(Texts(small, texts).mixed(random.Random(5)))
+
+    assert distance(found, expected) < 2e-3 < distance(other, expected)
+    assert torch.equal(found, mixed)
+    assert small.weight_bytes < 0.6 * plain.weight_bytes
+
+
+def distance(a: torch.Tensor, b: torch.Tensor) -> float:
+    """One less the cosine of the two most different rows."""
+    return 1 - torch.nn.functional.cosine_similarity(a, b, dim=-1).min().item()
 
 
 def test_a_bent_network_is_noticed(kernels: native.Kernels) -> None:

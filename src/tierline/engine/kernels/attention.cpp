@@ -224,7 +224,8 @@ void plan_attention(AttentionPlan& plan, const AttentionShape& shape, const Sequ
         }
     }
     int32_t partials = 0;
-    if (dearest * threads * 4 > total * 5) {  // somebody would wait: share the dear ones
+    int64_t rounds = (int64_t(plan.items.size()) + threads - 1) / threads;
+    if (dearest * rounds * threads * 4 > total * 5) {  // somebody would wait: share the dear ones
         std::vector<WorkItem> whole;
         whole.swap(plan.items);
         for (const WorkItem& item : whole) {

@@ -171,6 +171,7 @@ class Stepper {
         capacity_ = std::max(capacity_, rows_);
         capacity_threads_ = std::max(capacity_threads_, threads_);
         size_t qkv = 0, heads = 0, out = 0, act = 0, work = 0;
+        size_t in = activation_bytes(F32, model_.hidden);  // the widest
         for (int i = 0; i < model_.layer_count; ++i) {
             const Layer& layer = model_.layers[i];
             qkv = std::max(qkv, size_t(layer.qkv.n));
@@ -180,7 +181,6 @@ class Stepper {
             work = std::max(work, size_t(attention_scratch_bytes(layer.attention)));
         }
         const size_t rows = size_t(capacity_), hidden = size_t(model_.hidden);
-        const size_t in = activation_bytes(F32, model_.hidden);  // the widest
         size_t total = 0;
         const auto place = [&](size_t bytes) { return std::exchange(total, total + lines(bytes)); };
         const size_t shared[] = {place(rows * hidden * 4), place(rows * hidden * 4), place(rows * hidden * 4),
@@ -188,7 +188,7 @@ class Stepper {
                                  place(rows * out),        place(rows * out),        place(rows * act),
                                  place(rows * angle_count_ * 4)};
         const size_t threads_at = total;
-        const size_t own[] = {place(REDUNDANT_ROWS * in), place(std::max(hidden, heads) * 4),
+        const size_t own[] = {place(REDUNDANT_ROWS * std::max({in, out, act})), place(std::max(hidden, heads) * 4),
                               place(std::max(PAIR_BYTES, size_t(PAIR) * 4 * PAIR_ROWS)), place(work)};
         const size_t own_bytes = total - threads_at;
         if (!memory_.renew(threads_at + own_bytes * capacity_threads_)) return capacity_ = 0, false;
@@ -220,17 +220,19 @@ class Stepper {
             barrier();
             attend_layer<E>(i, thread);
             barrier();
-            const char* attended = buffers_.attended;
+            char* attended = buffers_.attended;
             if (last && int(wanted_.size()) < rows) {  // the other rows have left their mark
                 pick(layer, thread);
                 barrier();
                 attended = buffers_.picked, x = buffers_.y, rows = int(wanted_.size());
             }
-            add_product(layer.o, attended, x, rows, layer.post_attention_norm, thread);
+            in = completed(layer.o, attended, rows, thread);
+            add_product(layer.o, in, x, rows, layer.post_attention_norm, thread);
             in = normed(x, rows, layer.post_attention_norm, layer.ffn_norm, layer.gate_up.type, thread);
             gate_and_up(layer, in, rows, thread);
             barrier();
-            add_product(layer.down, buffers_.gated, x, rows, layer.post_ffn_norm, thread);
+            in = completed(layer.down, buffers_.gated, rows, thread);
+            add_product(layer.down, in, x, rows, layer.post_ffn_norm, thread);
             post = layer.post_ffn_norm;
         }
         const char* in = normed(x, rows, post, model_.norm, model_.head.type, thread);
@@ -277,6 +279,19 @@ class Stepper {
             norm_row(x_row, weight, model_.hidden, model_.norm_eps, row);
             prepare_row(type, model_.hidden, row, to + r * stride);
         }
+        if (!redundant) barrier();
+        return to;
+    }
+
+    // Rows that hold all their values, as W reads them: GGUF types want sums of blocks, too.
+    const char* completed(const Matrix& w, char* values, int rows, int thread) {
+        if (w.type == F32 || w.type == BF16) return values;
+        const bool redundant = rows <= REDUNDANT_ROWS;
+        const Range mine = redundant ? Range{0, rows} : share(rows, thread, threads_);
+        char* to = redundant ? own(buffers_.own, thread) : values;
+        const size_t stride = activation_bytes(w.type, w.k);
+        for (int r = mine.begin; r < mine.end; ++r)
+            prepare_row(w.type, w.k, activation_kind(w.type), values + r * stride, to + r * stride);
         if (!redundant) barrier();
         return to;
     }
