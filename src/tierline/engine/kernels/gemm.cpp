@@ -14,7 +14,7 @@ namespace {
 
 constexpr int UNIT_BYTES = PANEL * 4;
 constexpr int UNITS_MAX = 128;  // in one stretch of k: 16 KB of weights stay in the L1 cache
-constexpr int AHEAD_BYTES = 24 * UNIT_BYTES;  // prefetched, for products that wait for memory
+constexpr int AHEAD_BYTES = 32 * UNIT_BYTES;  // prefetched, for products that wait for memory
 
 // One unit for M rows and V vectors of outputs: acc += a x b.  `at(j)` says where vector j is.
 
@@ -93,7 +93,7 @@ void tile(const Tile& t) {
             if (u == own) next = t.ahead;
             for (int p = 0; p < PANELS; ++p)
                 for (int line = 0; line < UNIT_BYTES; line += 64)
-                    _mm_prefetch(next + p * panel_bytes + line, _MM_HINT_T0);
+                    _mm_prefetch(next + p * panel_bytes + line, _MM_HINT_T1);
             Op::template step<M, V>(acc, a, a_stride, at);
         }
     } else {  // a part of the next stretch, a line for each unit
@@ -111,29 +111,28 @@ void tile(const Tile& t) {
                 store(t.sums + (i * V + j) * WIDTH, acc[i][j]);
 }
 
-// Functions for 1, 2, ... rows.  NARROW ones work on one panel (or a part), WIDE ones on several:
-// a single row needs many vectors at once to hide the latency of the multiplier, and many rows
-// are multiplied fastest by tiles of 6 rows x 4 vectors.
-#if defined(__AVX512BF16__)
+// Functions for 1, 2, ... rows.  Few rows take one panel at a time (or half a one), so that a
+// thread reads one long stream; two vectors hide enough of the multiplier's latency for that.
+// Many rows are multiplied fastest by tiles of 6 rows x 4 vectors.
 constexpr int NARROW = 2;
+#if defined(__AVX512BF16__)
 template <class Op>
 constexpr TileFunction NARROW_TILES[] = {
     tile<Op, 1, 2>, tile<Op, 2, 2>, tile<Op, 3, 2>, tile<Op, 4, 2>,  tile<Op, 5, 2>,  tile<Op, 6, 2>,
     tile<Op, 7, 2>, tile<Op, 8, 2>, tile<Op, 9, 2>, tile<Op, 10, 2>, tile<Op, 11, 2>, tile<Op, 12, 2>};
-constexpr int WIDE[] = {8, 8, 4, 4, 4, 4};
+constexpr int WIDE = 4;
 template <class Op>
-constexpr TileFunction WIDE_TILES[] = {tile<Op, 1, 8>, tile<Op, 2, 8>, tile<Op, 3, 4>,
+constexpr TileFunction WIDE_TILES[] = {tile<Op, 1, 4>, tile<Op, 2, 4>, tile<Op, 3, 4>,
                                        tile<Op, 4, 4>, tile<Op, 5, 4>, tile<Op, 6, 4>};
 #else
-constexpr int NARROW = 2;
 template <class Op>
 constexpr TileFunction NARROW_TILES[] = {tile<Op, 1, 2>, tile<Op, 2, 2>, tile<Op, 3, 2>, tile<Op, 4, 2>};
-constexpr int WIDE[] = {8, 2, 2, 2};
+constexpr int WIDE = 2;
 template <class Op>
-constexpr TileFunction WIDE_TILES[] = {tile<Op, 1, 8>, tile<Op, 2, 2>, tile<Op, 3, 2>, tile<Op, 4, 2>};
+constexpr auto& WIDE_TILES = NARROW_TILES<Op>;
 #endif
 constexpr int FEW = sizeof NARROW_TILES<Float32> / sizeof(TileFunction);  // rows of one tile
-constexpr int ROWS = sizeof WIDE / sizeof *WIDE;  // of a tile among many
+constexpr int ROWS = sizeof WIDE_TILES<Float32> / sizeof(TileFunction);   // of a tile among many
 
 size_t k_padded(int type, int k) { return type == F32 ? k : (size_t(k) + 1) / 2 * 2; }
 int units_of(int type, int k) { return type == F32 ? k : (k + 1) / 2; }
@@ -152,15 +151,11 @@ void few_rows(const Matrix& w, const char* a, size_t a_stride, int m, const Targ
     t.panel_bytes = size_t(units) * UNIT_BYTES;
     t.units = units;
     t.stream = t.first = t.last = true;
-    const int wide = m <= ROWS ? WIDE[m - 1] : NARROW;
-    for (int column = panels.begin * PANEL, end = panels.end * PANEL; column < end;) {
-        const bool whole = column + wide * WIDTH <= end;
-        const int next = column + (whole ? wide : NARROW) * WIDTH;
+    for (int column = panels.begin * PANEL; column < panels.end * PANEL; column += NARROW * WIDTH) {
         t.b = weights_at(w, t.panel_bytes, column);
-        t.ahead = weights_at(w, t.panel_bytes, next);  // harmless past the end
+        t.ahead = weights_at(w, t.panel_bytes, column + NARROW * WIDTH);  // harmless past the end
         target.aim(t, w, 0, column);
-        (whole && wide > NARROW ? WIDE_TILES<Op> : NARROW_TILES<Op>)[m - 1](t);
-        column = next;
+        NARROW_TILES<Op>[m - 1](t);
     }
 }
 
@@ -169,16 +164,15 @@ void few_rows(const Matrix& w, const char* a, size_t a_stride, int m, const Targ
 template <class Op>
 void one_block(const Matrix& w, const char* a, size_t a_stride, Range rows, const Target& target,
                Range panels) {
-    constexpr int SPAN = WIDE[ROWS - 1];
-    alignas(64) static thread_local float sums[BLOCK_ROWS_MAX * SPAN * WIDTH];
+    alignas(64) static thread_local float sums[BLOCK_ROWS_MAX * WIDE * WIDTH];
     const int units = units_of(w.type, w.k), m = rows.end - rows.begin;
     const int tiles = (m + ROWS - 1) / ROWS;
     Tile t{};
     t.a_stride = a_stride;
     t.panel_bytes = size_t(units) * UNIT_BYTES;
     for (int column = panels.begin * PANEL, end = panels.end * PANEL; column < end;) {
-        const bool whole = column + SPAN * WIDTH <= end;
-        const int width = (whole ? SPAN : NARROW) * WIDTH;
+        const bool whole = column + WIDE * WIDTH <= end;
+        const int width = (whole ? WIDE : NARROW) * WIDTH;
         for (int unit = 0; unit < units; unit += t.units) {
             t.units = std::min(UNITS_MAX, units - unit);
             t.b = weights_at(w, t.panel_bytes, column) + size_t(unit) * UNIT_BYTES;

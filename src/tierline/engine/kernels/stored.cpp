@@ -170,7 +170,7 @@ struct Source<TYPE, true> : Opened {
 template <int TYPE, bool OPENED, int M, int V>
 void tile(const Tile& t, const char* a_sums) {
     using Weights = Source<TYPE, OPENED>;
-    constexpr int AHEAD = 4;  // blocks
+    constexpr int AHEAD = 12;  // blocks
     const Weights weights;
     const size_t a_stride = t.a_stride, panel_bytes = t.panel_bytes;
     Floats acc[M][V];
@@ -182,7 +182,7 @@ void tile(const Tile& t, const char* a_sums) {
             if (u == std::max(0, t.units - AHEAD)) next = t.ahead;
             for (int p = 0; p < (V + 1) / 2; ++p)
                 for (size_t line = 0; line < Weights::STRIDE; line += 64)
-                    _mm_prefetch(next + p * panel_bytes + line, _MM_HINT_T0);
+                    _mm_prefetch(next + p * panel_bytes + line, _MM_HINT_T1);
             next += Weights::STRIDE;
         }
         Floats part[M][V];
@@ -244,9 +244,9 @@ void open(const char* block, char* to) {
 using StoredTile = void (*)(const Tile&, const char*);
 
 constexpr int ROWS = 6;
-constexpr int WIDE[] = {8, 4, 4, 2, 2, 2};
+constexpr int WIDE[] = {4, 4, 4, 2, 2, 2};
 template <int TYPE>
-constexpr StoredTile WIDE_TILES[] = {tile<TYPE, false, 1, 8>, tile<TYPE, false, 2, 4>,
+constexpr StoredTile WIDE_TILES[] = {tile<TYPE, false, 1, 4>, tile<TYPE, false, 2, 4>,
                                      tile<TYPE, false, 3, 4>, tile<TYPE, false, 4, 2>,
                                      tile<TYPE, false, 5, 2>, tile<TYPE, false, 6, 2>};
 template <int TYPE>
