@@ -192,6 +192,15 @@ class BlockNames:
         """The run is no longer on the device; blocks that sequences hold stay theirs."""
         self._give_back(self._runs.pop(run))
 
+    def trim(self, run: Run, blocks: int) -> None:
+        """The run's last `blocks` are no longer on the device."""
+        gone = []
+        for group, pages in zip(self.layout.groups, self._runs[run], strict=True):
+            end = len(pages) - blocks * group.pages_per_block
+            gone.append(pages[end:])
+            del pages[end:]
+        self._give_back(gone)
+
     def leave(self, run: Run) -> None:
         """Its blocks are being written back; it may get others before these have left."""
         self._leaving[run] = self._runs.pop(run)

@@ -82,6 +82,10 @@ class Names(Protocol):
         """The run gives its device blocks back."""
         ...
 
+    def trim(self, run: "Run", blocks: int) -> None:
+        """The run gives its last device blocks back."""
+        ...
+
     def leave(self, run: "Run") -> None:
         """Its device blocks are being written back: no longer the run's, and not free yet."""
         ...
@@ -588,9 +592,11 @@ class PrefixIndex:
 
     def _trim(self, run: Run, tier: int, blocks: int) -> bool:
         """Forget the last blocks of a run for good without making two of it; whether that was
-        possible: nothing hangs from it, no other copy has those blocks, nobody names them."""
-        if tier != DEVICE or self.below[tier] or run.children or self.names is not None:
+        possible: nothing hangs from it, and no other copy has those blocks."""
+        if tier != DEVICE or self.below[tier] or run.children:
             return False
+        if self.names is not None:
+            self.names.trim(run, blocks)
         self.placement.forgotten(self, run, tier, kept=run.blocks - blocks)
         run.blocks -= blocks
         self.pages.free += blocks * self.pages_per_block
