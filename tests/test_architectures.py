@@ -19,9 +19,11 @@ from safetensors import safe_open
 
 from tierline.base.errors import SpecError
 from tierline.catalog.models import known_models
+from tierline.engine import native
 from tierline.engine.attention import ATTENTION, Version, gathered
 from tierline.engine.decoder import Decoder, Experts, Rope
 from tierline.engine.models import MODEL_TYPES, decoder_of
+from tierline.engine.native_attention import version, why_not
 from tierline.engine.network import Network, weight_shapes
 from tiny_checkpoints import ARCHITECTURES, VOCABULARY, tiny_checkpoint, tiny_config, tiny_model
 from tiny_driver import Cache, file_weights
@@ -107,6 +109,7 @@ class Model:
         attention: Version = gathered,
         decoder: Decoder | None = None,
         dtype: torch.dtype = torch.float32,
+        kernels: native.Kernels | None = None,
     ) -> Network:
         return Network(
             decoder or self.decoder,
@@ -114,6 +117,7 @@ class Model:
             dtype=dtype,
             device=torch.device("cpu"),
             attention=attention,
+            kernels=kernels,
         )
 
     def error(self, network: Network, *, chunk: int = PROMPT) -> float:
@@ -187,6 +191,36 @@ def test_a_row_never_notices_its_companions(models: Callable[[str], Model], name
 
     assert max(errors) < TOLERANCE
     assert len(errors) > 20
+
+
+@pytest.mark.parametrize("name", ["qwen2", "qwen3_moe", "mixtral", "deepseek_v2"])
+def test_native_kernels_under_torch_change_nothing(
+    models: Callable[[str], Model], name: str, request: pytest.FixtureRequest
+) -> None:
+    """Networks that the native step does not run use its products and its attention here."""
+    assert request.config.cache is not None
+    kernels = native.load(Path(request.config.cache.mkdir("kernels")))
+    if isinstance(kernels, native.Missing):
+        pytest.skip(kernels.reason)
+    model = models(name)
+    attention = gathered
+    if why_not(model.decoder.layers[0].attention, torch.float32) is None:
+        attention = version(kernels)
+
+    assert model.error(model.network(attention=attention, kernels=kernels), chunk=9) < TOLERANCE
+
+
+@pytest.mark.parametrize("name", ["llama", "mixtral", "deepseek_v2"])
+def test_a_step_that_wants_no_logits_only_writes(models: Callable[[str], Model], name: str) -> None:
+    model = models(name)
+    network, held = model.network(), Cache(model.decoder)
+    batch = held.batch({0: TEXTS[0][:-1]})
+    batch.wanted = batch.wanted[:0]
+    nothing = network.logits(batch, held.arena)
+    last = network.logits(held.batch({0: TEXTS[0][-1:]}), held.arena)
+
+    assert nothing.shape == (0, VOCABULARY)
+    assert torch.allclose(last[0], model.expected(tuple(TEXTS[0]))[-1], atol=TOLERANCE)
 
 
 def test_only_wanted_rows_get_logits(models: Callable[[str], Model]) -> None:

@@ -19,6 +19,7 @@ from tierline.engine.arena import Arena
 from tierline.engine.attention import Version, gathered
 from tierline.engine.batch import Batch
 from tierline.engine.decoder import Attention, Decoder, Dense, Experts, LatentAttention
+from tierline.engine.native import Kernels, Packed
 from tierline.engine.rope import Angles, rotate, turning
 
 Weights = Callable[[str], torch.Tensor]  # our name -> the tensor, on the CPU
@@ -41,15 +42,16 @@ class Network:
         dtype: torch.dtype,
         device: torch.device,
         attention: Version = gathered,
+        kernels: Kernels | None = None,
     ) -> None:
-        """`attention` is the version that every layer uses.
+        """`attention` is the version that every layer uses, `kernels` multiply where they can.
 
         A tensor that `weights` gives is kept as it is where type and device already agree,
         so memory-mapped files are not copied.
         """
         self.decoder, self.dtype, self.device = decoder, dtype, device
         self.attention = attention
-        load = _Loader(weights, decoder, dtype, device)
+        load = _Loader(weights, decoder, dtype, device, kernels)
         self.embed = load.tensor("embed")
         self.layers = [
             _Layer(decoder, number, load.inside(f"layers.{number}."))
@@ -78,15 +80,23 @@ class Network:
 
 
 class Linear:
-    """y = x W^T + b for one matrix, by the fastest way at hand; the only holder of W."""
+    """y = x W^T + b for one matrix, by the fastest way at hand; the only holder of W.
 
-    __slots__ = ("_bias", "_product", "shape")
+    On the CPU that is the native kernels, else oneDNN with weights packed once.
+    """
 
-    def __init__(self, weight: torch.Tensor, bias: torch.Tensor | None) -> None:
+    __slots__ = ("_bias", "_product")
+
+    def __init__(
+        self, weight: torch.Tensor, bias: torch.Tensor | None, kernels: Kernels | None = None
+    ) -> None:
         self._bias = bias
-        self.shape = tuple(weight.shape)
         self._product: Callable[[torch.Tensor, torch.Tensor | None], torch.Tensor]
-        if weight.device.type == "cpu" and _prepacking_works(weight.dtype):
+        on_cpu = weight.device.type == "cpu"
+        if on_cpu and kernels is not None and _kernels_multiply(weight):
+            native: Packed = kernels.pack([weight], bias)
+            self._product = lambda x, _: native(x)
+        elif on_cpu and _prepacking_works(weight.dtype):
             packed = torch.ops.mkldnn._reorder_linear_weight(weight.to_mkldnn(), 1)
             pointwise = torch.ops.mkldnn._linear_pointwise
             self._product = lambda x, bias: pointwise(x, packed, bias, "none", [], "")
@@ -96,6 +106,10 @@ class Linear:
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         """[..., in] -> [..., out]."""
         return self._product(x, self._bias)
+
+
+def _kernels_multiply(weight: torch.Tensor) -> bool:
+    return weight.dtype in (torch.float32, torch.bfloat16) and weight.shape[1] % 16 == 0
 
 
 @functools.cache
@@ -134,15 +148,15 @@ class _Loader:
         decoder: Decoder,
         dtype: torch.dtype,
         device: torch.device,
+        kernels: Kernels | None,
         prefix: str = "",
     ) -> None:
-        self._weights, self._prefix = weights, prefix
+        self._weights, self._kernels, self._prefix = weights, kernels, prefix
         self._decoder, self._dtype, self._device = decoder, dtype, device
 
     def inside(self, prefix: str) -> "_Loader":
-        return _Loader(
-            self._weights, self._decoder, self._dtype, self._device, self._prefix + prefix
-        )
+        known = (self._weights, self._decoder, self._dtype, self._device, self._kernels)
+        return _Loader(*known, self._prefix + prefix)
 
     def tensor(self, *names: str, dtype: torch.dtype | None = None) -> torch.Tensor:
         """The tensors of these names, one above the other."""
@@ -153,14 +167,15 @@ class _Loader:
     def linear(self, *names: str, bias: bool = False) -> Linear:
         """One product for matrices that read the same input."""
         biases = self.tensor(*(f"{name}.bias" for name in names)) if bias else None
-        return Linear(self.tensor(*names), biases)
+        return Linear(self.tensor(*names), biases, self._kernels)
 
-    def norm_weight(self, name: str) -> torch.Tensor:
+    def norm(self, *names: str) -> Norm:
+        """A norm; of several names, each for its own head."""
         offset = self._decoder.norm_offset
-        return self.tensor(name, dtype=torch.float32) + offset if offset else self.tensor(name)
-
-    def norm(self, name: str) -> Norm:
-        return Norm(self.norm_weight(name), eps=self._decoder.norm_eps)
+        dtype = torch.float32 if offset else self._dtype
+        weights = [self.tensor(name, dtype=dtype) + offset for name in names]
+        weight = weights[0] if len(weights) == 1 else torch.stack(weights)
+        return Norm(weight, eps=self._decoder.norm_eps)
 
 
 # --- the parts of a layer -------------------------------------------------------------------
@@ -211,9 +226,9 @@ class _Heads:
         self._out = load.linear("o", bias=attention.out_bias)
         self._qk_norm: Product = _same
         if attention.qk_norm:
-            norms = [load.norm_weight("q_norm")] * attention.heads
-            norms += [load.norm_weight("k_norm")] * attention.kv_heads
-            self._qk_norm = Norm(torch.stack(norms), eps=load._decoder.norm_eps)
+            self._qk_norm = load.norm(
+                *["q_norm"] * attention.heads, *["k_norm"] * attention.kv_heads
+            )
 
     def __call__(
         self, x: torch.Tensor, batch: Batch, arena: Arena, attend: Version
@@ -324,7 +339,7 @@ class _Routed:
         shape = self._shape
         scores = functional.linear(x.float(), self._router).softmax(-1)
         if shape.groups > 1:  # a token looks only into the groups that hold its best experts
-            grouped = scores.view(len(x), shape.groups, -1)
+            grouped = scores.view(len(x), shape.groups, shape.experts // shape.groups)
             best = grouped.amax(-1).topk(shape.groups_active, -1).indices
             closed = torch.ones_like(grouped[..., 0], dtype=torch.bool).scatter_(-1, best, False)
             scores = grouped.masked_fill(closed[..., None], 0).flatten(-2)
