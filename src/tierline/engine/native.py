@@ -64,7 +64,7 @@ _SIGNATURES = {  # of a function: its result, then its arguments
     "tl_packed_bytes": "ziii",
     "tl_pack": "-piiiipzii",
     "tl_unpack_row": "-pip",
-    "tl_linear": "-ppiipi",
+    "tl_linear": "-ppiipii",
 }
 
 
@@ -103,15 +103,25 @@ class Packed:
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         """x [..., k] in float32 or bfloat16; the result [..., n] has its type."""
+        out = torch.empty((*x.shape[:-1], self.n), dtype=x.dtype)
+        self._multiply(x, out, accumulate=False)
+        return out
+
+    def add_to(self, out: torch.Tensor, x: torch.Tensor) -> None:
+        """Add the product to `out` [..., n], float32: a residual connection."""
+        assert out.dtype == torch.float32
+        assert out.shape == (*x.shape[:-1], self.n)
+        assert out.is_contiguous()
+        self._multiply(x, out, accumulate=True)
+
+    def _multiply(self, x: torch.Tensor, out: torch.Tensor, *, accumulate: bool) -> None:
         assert x.shape[-1] == self.k
         x = x.contiguous()
-        out = torch.empty((*x.shape[:-1], self.n), dtype=x.dtype)
         self._library.tl_linear(
             ctypes.addressof(self.matrix),
             *(x.data_ptr(), TYPES[x.dtype], x.numel() // self.k),
-            *(out.data_ptr(), TYPES[x.dtype]),
+            *(out.data_ptr(), TYPES[out.dtype], accumulate),
         )
-        return out
 
     def row(self, number: int) -> torch.Tensor:
         """float32 [k]: one row of the weights read back, for an embedding that is the head."""
@@ -215,7 +225,7 @@ def load(folder: Path, *, isa: str | None = None) -> Kernels | Missing:
     except subprocess.CalledProcessError as error:
         lines = (error.stderr or "").strip().splitlines()
         return Missing(f"{compiler} could not build the kernels: {' '.join(lines[:3])}")
-    except (OSError, subprocess.TimeoutExpired) as error:
+    except (AttributeError, OSError, subprocess.TimeoutExpired) as error:
         return Missing(f"the kernels could not be built or loaded: {error}")
 
 

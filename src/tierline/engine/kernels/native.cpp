@@ -58,8 +58,9 @@ void tl_pack(void* packed, int type, int n, int k, int source_type, const void* 
 
 void tl_unpack_row(const tl::Matrix* w, int row, float* out) { tl::unpack_row(*w, row, out); }
 
-// out[m][n] = x[m][k] W^T + bias, dense rows.  x and out are F32 or BF16.
-void tl_linear(const tl::Matrix* w, const void* x, int x_type, int m, void* out, int out_type) {
+// out[m][n] = x[m][k] W^T + bias (+ out, which must be F32), dense rows.  x and out are F32 or BF16.
+void tl_linear(const tl::Matrix* w, const void* x, int x_type, int m, void* out, int out_type,
+               int accumulate) {
     static thread_local Buffer buffer;
     const size_t x_stride = size_t(w->k) * (x_type == tl::F32 ? 4 : 2);
     const size_t stride = tl::activation_bytes(w->type, w->k);
@@ -71,7 +72,7 @@ void tl_linear(const tl::Matrix* w, const void* x, int x_type, int m, void* out,
                             rows + row * stride);
         tl::barrier();
         if (out_type == tl::F32)
-            tl::gemm(*w, rows, m, static_cast<float*>(out), w->n, false, thread, threads);
+            tl::gemm(*w, rows, m, static_cast<float*>(out), w->n, accumulate != 0, thread, threads);
         else
             tl::gemm_bf16(*w, rows, m, static_cast<uint16_t*>(out), w->n, thread, threads);
     });
