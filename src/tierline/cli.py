@@ -46,6 +46,14 @@ examples:
 """
 
 
+CALIBRATE_EXAMPLES = """\
+examples:
+  tierline calibrate
+  tierline plan --model smollm2-135m --workload chat --rps 0.2 --slo ttft_p99=5s \\
+    --gpus this-machine --price this-machine=0.05
+"""
+
+
 def plan(args: argparse.Namespace) -> int:
     """Plan a fleet and write plan.json, deployment.toml and report.html."""
     from tierline.planner.api import plan as make
@@ -285,11 +293,46 @@ def _answer(
     return 0
 
 
-def gpus(args: argparse.Namespace) -> int:
-    """List the accelerators of the catalogue, or describe one with its sources."""
-    from tierline.catalog.gpus import load_gpu, load_gpus
+def calibrate(args: argparse.Namespace) -> int:
+    """Measure this machine in a minute and write its catalogue entry, to plan and simulate with."""
+    import time
+    from datetime import date
 
-    found = [load_gpu(args.name)] if args.name else load_gpus(None)
+    from tierline.catalog.gpus import own_folder, require_own_name
+    from tierline.engine.build import _device
+    from tierline.engine.calibrate import calibrate as measure
+    from tierline.engine.calibrate import require_writable, write_entry
+    from tierline.engine.demo import models_folder, resolve_model
+    from tierline.engine.machine import entry_name
+
+    device = _device(args.device)
+    output = Path(args.output) if args.output else None
+    name = args.name or (output.stem if output else entry_name(device))
+    path = output or own_folder() / f"{require_own_name(name)}.toml"
+    require_writable(path)
+    cache = models_folder().parent
+    found = measure(
+        name=require_own_name(name),
+        device=device,
+        scratch=Path(args.scratch) if args.scratch else cache,
+        kernels_folder=cache / "kernels",
+        model=resolve_model(args.model) if args.model else None,
+        today=date.today().isoformat(),
+        timer=time.perf_counter,
+        seconds=args.seconds,
+        progress=True,
+    )
+    write_entry(found.gpu, path)
+    print(_json(found.as_dict() | {"path": str(path)}) if args.json else found)
+    print(f"wrote {path}", file=sys.stderr)
+    return 0
+
+
+def gpus(args: argparse.Namespace) -> int:
+    """List the accelerators of the catalogue and your own, or describe one with its sources."""
+    from tierline.catalog.gpus import load_gpu, load_gpus, own_files
+
+    found = [load_gpu(args.name)] if args.name else [*load_gpus(None), *map(load_gpu, own_files())]
     rows = [_gpu_row(gpu) for gpu in found]
     if args.json:
         print(_json(rows))
@@ -452,6 +495,7 @@ def build_parser() -> argparse.ArgumentParser:
     _add_export(commands)
     _add_accuracy(commands)
     _add_run(commands)
+    _add_calibrate(commands)
     for run, name in ((models, "MODEL"), (gpus, "GPU")):
         command = _command(commands, run)
         command.add_argument("name", nargs="?", metavar=name, help=f"describe this {name.lower()}")
@@ -640,6 +684,22 @@ def _add_run(commands: Any) -> None:
     command.add_argument("--device", default="auto", help="cpu, cuda or cuda:N (cuda if there)")
     command.add_argument("--kernels", default="auto", help="native or torch (native if possible)")
     command.add_argument("--kv-bytes", metavar="SIZE", help="of the KV cache, such as 2GB")
+
+
+def _add_calibrate(commands: Any) -> None:
+    command = _command(commands, calibrate, CALIBRATE_EXAMPLES)
+    command.add_argument("--name", help="of the entry (default this-machine)")
+    command.add_argument(
+        "-o", "--output", metavar="FILE", help="(default NAME.toml in ~/.config/tierline/gpus)"
+    )
+    command.add_argument("--seconds", type=float, default=60.0, help="to spend (60)")
+    command.add_argument("--device", default="auto", help="cpu, cuda or cuda:N (cuda if there)")
+    command.add_argument(
+        "--scratch", metavar="FOLDER", help="on the disk to measure (default ~/.cache/tierline)"
+    )
+    command.add_argument(
+        "--model", help="a checkpoint to compare steps with (default: SmolLM2-135M's shape)"
+    )
 
 
 def _add_accuracy(commands: Any) -> None:

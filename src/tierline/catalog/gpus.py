@@ -12,6 +12,7 @@ are planned with only when they are named.
 import functools
 import math
 import os
+import re
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from importlib import resources
@@ -84,6 +85,17 @@ def _own(path: Path) -> GpuSpec:
 def own_folder() -> Path:
     """Where a user's own entries lie, `NAME.toml` each."""
     return Path(os.path.expanduser("~/.config/tierline/gpus"))  # "~" stays where nobody has a home
+
+
+def require_own_name(name: str) -> str:
+    """`name`, if a user's entry may have it; raises `SpecError` when it is taken, or no name."""
+    if not re.fullmatch(r"[a-z0-9][a-z0-9._-]*", name):
+        raise SpecError(
+            f"{name!r} is no name for a gpu", hint="small letters, digits, dots and dashes"
+        )
+    if name in _catalogue()[1]:
+        raise SpecError(f"{name!r} is in the catalogue", hint="give your own another name")
+    return name
 
 
 def own_files() -> dict[str, Path]:

@@ -7,6 +7,7 @@ is how its entry is found again.
 
 import os
 import platform
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -74,6 +75,21 @@ def title(device: torch.device) -> str:
     names = _lines(Path("/proc/cpuinfo"), "model name")
     named = names[0].partition(":")[2].strip() if names else platform.processor()
     return f"{named or platform.machine()}, {cores()} cores"
+
+
+def vendor(device: torch.device) -> str:
+    """Who made the processor."""
+    if device.type == "cuda":
+        return "AMD" if torch.version.hip else "NVIDIA"
+    names = _lines(Path("/proc/cpuinfo"), "vendor_id")
+    known = {"AuthenticAMD": "AMD", "GenuineIntel": "Intel"}
+    named = names[0].partition(":")[2].strip() if names else ""
+    return known.get(named, named or "unknown")
+
+
+def disk_free_bytes(folder: Path) -> int:
+    """Bytes that a user may still write on the disk of `folder`."""
+    return shutil.disk_usage(folder).free
 
 
 # --- memory ---------------------------------------------------------------------------------
