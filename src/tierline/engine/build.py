@@ -171,6 +171,9 @@ def _network(
     def weights(ours: str) -> torch.Tensor:
         return checkpoint.tensor(names(ours))
 
+    def compact(ours: str) -> tuple[str, torch.Tensor] | None:
+        return checkpoint.compact(names(ours))
+
     reason = _why_not_native(decoder, options, dtype=dtype, device=device)
     if isinstance(reason, native.Kernels):
         network = NativeNetwork(
@@ -178,7 +181,7 @@ def _network(
             weights,
             dtype=dtype,
             kernels=reason,
-            compact=lambda ours: checkpoint.compact(names(ours)),
+            compact=compact if dtype is torch.bfloat16 else None,
         )
         return network, f"native, {reason.isa}", network.weight_bytes
     if options.kernels == "native":
