@@ -2,6 +2,7 @@
 
 import functools
 import random
+import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -15,13 +16,14 @@ from tierline.engine import native
 from tierline.engine.arena import Arena, geometry
 from tierline.engine.attention import naive
 from tierline.engine.batch import Batch
+from tierline.engine.checkpoint import open_checkpoint
 from tierline.engine.decoder import Attention, Decoder, Dense, Experts
 from tierline.engine.models import decoder_of
 from tierline.engine.native_step import NativeNetwork, supports
 from tierline.engine.network import Network, weight_shapes
-from tiny_checkpoints import tiny_model
+from tiny_checkpoints import tiny_checkpoint, tiny_model
 
-DENSE = ("llama", "mistral", "qwen2", "qwen3", "gemma3")
+SERVED = ("llama", "mistral", "qwen2", "qwen3", "gemma3", "qwen3_moe", "mixtral")
 BLOCK = 16
 
 
@@ -46,12 +48,17 @@ def threads_as_before(request: pytest.FixtureRequest) -> Iterator[None]:
 Weights = Callable[[str], torch.Tensor]
 
 
+@functools.cache
 def tiny(architecture: str) -> tuple[torch.nn.Module, Decoder, Weights]:
-    """A model of transformers, our view of it, and its weights by our names."""
-    model = tiny_model(architecture)
-    config = model.config.to_dict() | {"architectures": [type(model).__name__]}
-    decoder, state = decoder_of(config), model.state_dict()
-    return model, decoder, lambda name: state[decoder.weight_names(name)]
+    """A model of transformers, our view of its checkpoint, and the weights by our names."""
+    with tempfile.TemporaryDirectory() as folder:
+        checkpoint = open_checkpoint(tiny_checkpoint(architecture, Path(folder)))
+        decoder = decoder_of(checkpoint.config)
+        state = {
+            name: checkpoint.tensor(decoder.weight_names(name)).clone()
+            for name in weight_shapes(decoder)
+        }
+    return tiny_model(architecture), decoder, state.__getitem__
 
 
 def random_weights(decoder: Decoder) -> Weights:
@@ -145,7 +152,7 @@ def answer(architecture: str) -> tuple[torch.Tensor, list[int]]:
     return logits, tokens[0].tolist()
 
 
-@pytest.mark.parametrize("architecture", DENSE)
+@pytest.mark.parametrize("architecture", SERVED)
 def test_equals_transformers_in_logits_and_tokens(
     kernels: native.Kernels, architecture: str
 ) -> None:
@@ -167,7 +174,7 @@ def test_equals_transformers_in_logits_and_tokens(
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("architecture", ["qwen2", "gemma3"])
+@pytest.mark.parametrize("architecture", ["qwen2", "gemma3", "qwen3_moe"])
 def test_a_row_is_the_same_in_any_batch_chunk_and_number_of_threads(
     kernels: native.Kernels, architecture: str, dtype: torch.dtype
 ) -> None:
@@ -311,13 +318,15 @@ def test_counts_its_bytes(kernels: native.Kernels) -> None:
 def test_says_what_it_cannot_run() -> None:
     _, decoder, _ = tiny("llama")
     layer = decoder.layers[0]
-    experts = Experts(experts=4, experts_active=2, intermediate=16, normalised=True)
+    experts = Experts(
+        experts=4, experts_active=2, intermediate=16, normalised=True, shared_intermediate=16
+    )
     cases = {
         "no native kernel computes in float16": supports(decoder, torch.float16),
         "hidden size 40 is not a multiple of 16": supports(
             replace(decoder, hidden=40), torch.float32
         ),
-        "routed experts have no native kernel": supports(
+        "groups of experts and shared ones have no native kernel": supports(
             replace(decoder, layers=(replace(layer, ffn=experts),)), torch.float32
         ),
         "intermediate size 100 is not a multiple of 16": supports(

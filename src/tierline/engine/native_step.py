@@ -1,4 +1,4 @@
-"""A dense decoder on the native kernels: the whole step is one call.
+"""A decoder on the native kernels: the whole step is one call.
 
 `build` asks `supports` and makes a `NativeNetwork`, which stands where `network.Network` does.
 Weights are packed one matrix after another, each freed before the next is read, so loading
@@ -22,7 +22,7 @@ import torch
 from tierline.engine import native
 from tierline.engine.arena import Arena, geometry
 from tierline.engine.batch import Batch
-from tierline.engine.decoder import Attention, Decoder, Dense, Layer, Rope
+from tierline.engine.decoder import Attention, Decoder, Dense, Experts, Layer, Rope
 from tierline.engine.native import Kernels, Packed, Stored
 from tierline.engine.native_attention import Sequences, Shape, flat, shape_of, why_not
 
@@ -43,6 +43,18 @@ class _Rope(ctypes.Structure):
     )
 
 
+class _Experts(ctypes.Structure):
+    _fields_ = (
+        ("count", ctypes.c_int32),
+        ("active", ctypes.c_int32),
+        ("normalised", ctypes.c_int32),
+        ("scale", ctypes.c_float),
+        ("router", _MATRIX),
+        ("gate_up", ctypes.POINTER(_MATRIX)),
+        ("down", ctypes.POINTER(_MATRIX)),
+    )
+
+
 _NORMS = ("norm", "post_attention_norm", "ffn_norm", "post_ffn_norm", "q_norm", "k_norm")
 
 
@@ -52,6 +64,7 @@ class _Layer(ctypes.Structure):
         ("o", _MATRIX),
         ("gate_up", _MATRIX),
         ("down", _MATRIX),
+        ("experts", ctypes.POINTER(_Experts)),
         *((name, ctypes.c_void_p) for name in _NORMS),
         ("attention", Shape),
         ("rope", ctypes.c_int32),
@@ -120,8 +133,10 @@ def supports(decoder: Decoder, dtype: torch.dtype) -> str | None:
     for layer in decoder.layers:
         if (reason := why_not(layer.attention, dtype)) is not None:
             return reason
-        if not isinstance(layer.ffn, Dense):
-            return "routed experts have no native kernel"
+        if isinstance(layer.ffn, Experts) and (
+            layer.ffn.groups > 1 or layer.ffn.shared_intermediate
+        ):
+            return "groups of experts and shared ones have no native kernel"
         if layer.ffn.intermediate % 16:
             return f"intermediate size {layer.ffn.intermediate} is not a multiple of 16"
     return None
@@ -232,12 +247,15 @@ class _Loader:
         """Fill one layer's structure."""
         attention, ffn = layer.attention, layer.ffn
         assert isinstance(attention, Attention)
-        assert isinstance(ffn, Dense)
         prefix = f"layers.{number}."
         into.qkv = self.matrix([prefix + name for name in "qkv"], bias=attention.bias)
         into.o = self.matrix([prefix + "o"], bias=attention.out_bias)
-        into.gate_up = self.pairs(prefix + "gate", prefix + "up")
-        into.down = self.matrix([prefix + "down"])
+        if isinstance(ffn, Dense):
+            into.gate_up = self.pairs(prefix + "gate", prefix + "up")
+            into.down = self.matrix([prefix + "down"])
+            into.activation = ACTIVATIONS[ffn.activation]
+        else:
+            self.experts(into, ffn, prefix)
         norms = ["norm", "ffn_norm"]
         norms += ["post_attention_norm", "post_ffn_norm"] if layer.post_norms else []
         norms += ["q_norm", "k_norm"] if attention.qk_norm else []
@@ -248,10 +266,28 @@ class _Loader:
             self.ropes.append(attention.rope)
         into.rope = self.ropes.index(attention.rope)
         into.intermediate = ffn.intermediate
-        into.activation = ACTIVATIONS[ffn.activation]
         place = self.geometry.places[number]
         into.group, into.part, into.slot = place.group, place.part, place.slot
         into.parts = self.geometry.layout.groups[place.group].pages_per_block
+
+    def experts(self, into: _Layer, experts: Experts, prefix: str) -> None:
+        """Fill the part of a layer's structure that is about experts."""
+        count = experts.experts
+        gate_up, down = (_MATRIX * count)(), (_MATRIX * count)()
+        names = [f"{prefix}experts.{number}." for number in range(count)]
+        for number, name in enumerate(names):
+            gate_up[number] = self.pairs(name + "gate", name + "up")
+            down[number] = self.matrix([name + "down"])
+        assert len({m.type for m in gate_up}) == len({m.type for m in down}) == 1, "mixed experts"
+        router = self.keep(self.kernels.pack([self.weights(prefix + "router").float()]))
+        scale, normalised = experts.scale, experts.normalised
+        filled = _Experts(
+            *(count, experts.experts_active, normalised, scale, router, gate_up, down)
+        )
+        self.kept += [gate_up, down, filled]
+        into.gate_up, into.down = gate_up[0], down[0]
+        into.experts = ctypes.pointer(filled)
+        into.activation = ACTIVATIONS["silu"]
 
     def rope(self, rope: Rope) -> _Rope:
         """One rotation."""

@@ -57,6 +57,31 @@ void gated_row(const float* gate, const float* up, int n, int activation, Out* o
     }
 }
 
+void add_scaled(float* x, const float* y, float weight, int n) {
+    for (int i = 0; i < n; i += 16) store(x + i, fma(load(y + i), all(weight), load(x + i)));
+}
+
+// One of a row's experts, what it weighs, and where the row lies among all rows of experts.
+struct Choice {
+    int expert, slot;
+    float weight;
+};
+
+// The best of a router's scores by weight; the first of equal ones.  Spoils the scores.
+void choose(const Experts& experts, float* scores, Choice* choices) {
+    const float most = *std::max_element(scores, scores + experts.count);
+    float total = 0, chosen = 0;
+    for (int e = 0; e < experts.count; ++e) total += scores[e] = std::exp(scores[e] - most);
+    for (int i = 0; i < experts.active; ++i) {
+        float* best = std::max_element(scores, scores + experts.count);
+        choices[i] = {int(best - scores), 0, *best / total};
+        chosen += choices[i].weight;
+        *best = -1;
+    }
+    for (int i = 0; i < experts.active; ++i)
+        choices[i].weight *= experts.scale / (experts.normalised ? chosen : 1.0f);
+}
+
 // Bytes rounded so that the next thing starts on a cache line.
 size_t lines(size_t bytes) { return (bytes + 63) / 64 * 64; }
 
@@ -90,6 +115,9 @@ struct Buffers {
     char *attended, *picked;     // rows for o: all, and the wanted ones
     char* gated;                 // rows for down
     float* angles;               // [rows][angles of every rope]
+    float* scores;               // of experts
+    char* sorted;                // normed rows by expert
+    float* said;                 // by every expert of a row
     char *own, *row, *pair, *work;  // of thread 0; the next one's is `own_bytes` further
     size_t own_bytes = 0;
 };
@@ -170,7 +198,7 @@ class Stepper {
         if (rows_ <= capacity_ && threads_ <= capacity_threads_) return true;
         capacity_ = std::max(capacity_, rows_);
         capacity_threads_ = std::max(capacity_threads_, threads_);
-        size_t qkv = 0, heads = 0, out = 0, act = 0, work = 0;
+        size_t qkv = 0, heads = 0, out = 0, act = 0, work = 0, experts = 0, active = 0;
         size_t in = activation_bytes(F32, model_.hidden);  // the widest
         for (int i = 0; i < model_.layer_count; ++i) {
             const Layer& layer = model_.layers[i];
@@ -179,23 +207,29 @@ class Stepper {
             out = std::max(out, activation_bytes(layer.o.type, layer.o.k));
             act = std::max(act, activation_bytes(layer.down.type, layer.down.k));
             work = std::max(work, size_t(attention_scratch_bytes(layer.attention)));
+            if (layer.experts == nullptr) continue;
+            experts = std::max(experts, size_t(layer.experts->count));
+            active = std::max(active, size_t(layer.experts->active));
         }
         const size_t rows = size_t(capacity_), hidden = size_t(model_.hidden);
         size_t total = 0;
         const auto place = [&](size_t bytes) { return std::exchange(total, total + lines(bytes)); };
         const size_t shared[] = {place(rows * hidden * 4), place(rows * hidden * 4), place(rows * hidden * 4),
                                  place(rows * in),         place(rows * qkv * 4),    place(rows * heads * 4),
-                                 place(rows * out),        place(rows * out),        place(rows * act),
-                                 place(rows * angle_count_ * 4)};
+                                 place(rows * out),        place(rows * out),        place(rows * act * std::max<size_t>(1, active)),
+                                 place(rows * angle_count_ * 4), place(rows * experts * 4),
+                                 place(rows * active * in), place(rows * active * hidden * 4)};
         const size_t threads_at = total;
         const size_t own[] = {place(REDUNDANT_ROWS * std::max({in, out, act})), place(std::max(hidden, heads) * 4),
                               place(std::max(PAIR_BYTES, size_t(PAIR) * 4 * PAIR_ROWS)), place(work)};
         const size_t own_bytes = total - threads_at;
         if (!memory_.renew(threads_at + own_bytes * capacity_threads_)) return capacity_ = 0, false;
+        choices_.resize(rows * active);
         const auto floats = [&](size_t offset) { return reinterpret_cast<float*>(memory_.at(offset)); };
         const auto bytes = [&](size_t offset) { return memory_.at(offset); };
         buffers_ = {floats(shared[0]), floats(shared[1]), floats(shared[2]), bytes(shared[3]), floats(shared[4]),
                     bytes(shared[5]),  bytes(shared[6]),  bytes(shared[7]),  bytes(shared[8]), floats(shared[9]),
+                    floats(shared[10]), bytes(shared[11]), floats(shared[12]),
                     bytes(own[0]),     bytes(own[1]),     bytes(own[2]),     bytes(own[3]),    own_bytes};
         return true;
     }
@@ -228,8 +262,13 @@ class Stepper {
             }
             in = completed(layer.o, attended, rows, thread);
             add_product(layer.o, in, x, rows, layer.post_attention_norm, thread);
+            if (layer.experts != nullptr) {
+                route(layer, x, rows, layer.post_attention_norm, thread);
+                post = nullptr;
+                continue;
+            }
             in = normed(x, rows, layer.post_attention_norm, layer.ffn_norm, layer.gate_up.type, thread);
-            gate_and_up(layer, in, rows, thread);
+            gate_and_up(layer, layer.gate_up, in, rows, buffers_.gated, thread);
             barrier();
             in = completed(layer.down, buffers_.gated, rows, thread);
             add_product(layer.down, in, x, rows, layer.post_ffn_norm, thread);
@@ -365,10 +404,10 @@ class Stepper {
     }
 
     // act(gate) x up, straight into rows for `down`: a thread has the panels of both.
-    void gate_and_up(const Layer& layer, const char* in, int rows, int thread) {
-        const Matrix& w = layer.gate_up;
+    void gate_and_up(const Layer& layer, const Matrix& w, const char* in, int rows, char* out, int thread) {
         const Range mine = share(w.n / PAIR, thread, threads_);
         const size_t pair_bytes = packed_bytes(w.type, PAIR, w.k), in_bytes = activation_bytes(w.type, w.k);
+        const size_t out_bytes = activation_bytes(layer.down.type, layer.down.k);
         float* values = reinterpret_cast<float*>(own(buffers_.pair, thread));
         for (int row = 0; row < rows; row += PAIR_ROWS) {
             const int count = std::min(PAIR_ROWS, rows - row);
@@ -378,19 +417,18 @@ class Stepper {
                 const Matrix part{pairs * PAIR, w.k, w.type,
                                   static_cast<const char*>(w.data) + pair * pair_bytes, nullptr};
                 gemm(part, in + row * in_bytes, count, values, part.n, false, 0, 1);
-                multiply(layer, values, row, count, pair, pairs);
+                multiply(layer, values, count, pair, pairs, out + row * out_bytes);
             }
         }
     }
 
-    void multiply(const Layer& layer, const float* values, int row, int rows, int pair, int pairs) {
+    void multiply(const Layer& layer, const float* values, int rows, int pair, int pairs, char* out) {
         const size_t bytes = activation_bytes(layer.down.type, layer.down.k);
         const bool wide = activation_kind(layer.down.type) == F32;
-        for (int r = 0; r < rows; ++r)
+        for (int r = 0; r < rows; ++r, out += bytes)
             for (int p = 0; p < pairs; ++p) {
                 const int first = (pair + p) * PANEL, count = std::min(PANEL, layer.intermediate - first);
                 const float* gate = values + (size_t(r) * pairs + p) * PAIR;
-                char* out = buffers_.gated + (row + r) * bytes;
                 if (wide)
                     gated_row(gate, gate + PANEL, count, layer.activation,
                               reinterpret_cast<float*>(out) + first);
@@ -398,6 +436,59 @@ class Stepper {
                     gated_row(gate, gate + PANEL, count, layer.activation,
                               reinterpret_cast<Bf16*>(out) + first);
             }
+    }
+
+    // Rows sorted by expert, so that each expert multiplies its rows at once; every row then
+    // adds what its experts say in the order of their weights.
+    void route(const Layer& layer, float* x, int rows, const float* post, int thread) {
+        const Experts& experts = *layer.experts;
+        const size_t hidden = size_t(model_.hidden), gated_bytes = activation_bytes(layer.down.type, layer.down.k);
+        const char* in = normed(x, rows, post, layer.ffn_norm, F32, thread);
+        gemm(experts.router, in, rows, buffers_.scores, experts.count, false, thread, threads_);
+        barrier();
+        in = normed(x, rows, nullptr, layer.ffn_norm, layer.gate_up.type, thread);
+        const Range mine = share(rows, thread, threads_);
+        for (int r = mine.begin; r < mine.end; ++r)
+            choose(experts, buffers_.scores + size_t(r) * experts.count, &choices_[r * experts.active]);
+        barrier();
+        if (thread == 0) sort_by_expert(experts, rows);
+        barrier();
+        const size_t in_bytes = activation_bytes(layer.gate_up.type, model_.hidden);
+        for (int i = mine.begin * experts.active; i < mine.end * experts.active; ++i)
+            std::memcpy(buffers_.sorted + choices_[i].slot * in_bytes, in + i / experts.active * in_bytes, in_bytes);
+        barrier();
+        each_expert(experts, [&](int e, int first, int count) {
+            gate_and_up(layer, experts.gate_up[e], buffers_.sorted + first * in_bytes, count,
+                        buffers_.gated + first * gated_bytes, thread);
+        });
+        barrier();
+        const char* gated = completed(layer.down, buffers_.gated, rows * experts.active, thread);
+        each_expert(experts, [&](int e, int first, int count) {
+            gemm(experts.down[e], gated + first * gated_bytes, count, buffers_.said + first * hidden,
+                 model_.hidden, false, thread, threads_);
+        });
+        barrier();
+        for (int r = mine.begin; r < mine.end; ++r)
+            for (int i = r * experts.active; i < (r + 1) * experts.active; ++i)
+                add_scaled(x + r * hidden, buffers_.said + choices_[i].slot * hidden, choices_[i].weight,
+                           model_.hidden);
+        barrier();
+    }
+
+    void sort_by_expert(const Experts& experts, int rows) {
+        first_of_.assign(size_t(experts.count) + 1, 0);
+        const int choices = rows * experts.active;
+        for (int i = 0; i < choices; ++i) ++first_of_[choices_[i].expert + 1];
+        for (int e = 0; e < experts.count; ++e) first_of_[e + 1] += first_of_[e];
+        std::vector<int>& next = next_of_;
+        next.assign(first_of_.begin(), first_of_.end() - 1);
+        for (int i = 0; i < choices; ++i) choices_[i].slot = next[choices_[i].expert]++;
+    }
+
+    template <class F>
+    void each_expert(const Experts& experts, F&& work) {
+        for (int e = 0; e < experts.count; ++e)
+            if (first_of_[e] < first_of_[e + 1]) work(e, first_of_[e], first_of_[e + 1] - first_of_[e]);
     }
 
     void cap(float* logits, int rows, int thread) {
@@ -433,6 +524,8 @@ class Stepper {
     int angle_count_ = 0;
 
     Memory memory_;
+    std::vector<Choice> choices_;          // [rows][active]
+    std::vector<int> first_of_, next_of_;  // slot of each expert
     Buffers buffers_{};
     int capacity_ = 0, capacity_threads_ = 0;
 

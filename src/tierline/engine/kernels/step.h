@@ -1,4 +1,4 @@
-// A whole step of a dense decoder in one call: token numbers in, logits out.
+// A whole step of a decoder in one call: token numbers in, logits out.
 //
 // native_step.py fills these structures once (`Model`) and for every step (`Batch`); the
 // fields are in step with it.  All threads go through the layers together and meet at
@@ -19,11 +19,20 @@ struct Rope {
 
 enum Activation : int32_t { SILU = 0, GELU_TANH = 1 };
 
+// Routed experts: each token goes to the `active` ones that its router scores highest.
+struct Experts {
+    int32_t count, active, normalised;
+    float scale;
+    Matrix router;  // F32
+    const Matrix *gate_up, *down;  // of each expert
+};
+
 // Weights of norms are F32 with the network's offset added; absent ones are null.
 struct Layer {
     Matrix qkv, o;
     Matrix gate_up;  // panels of gate and up in turn: 32 outputs of one, 32 of the other
-    Matrix down;
+    Matrix down;     // with experts both are like those of every expert, without data
+    const Experts* experts;  // null: dense
     const float *norm, *post_attention_norm, *ffn_norm, *post_ffn_norm;
     const float *q_norm, *k_norm;
     AttentionShape attention;
