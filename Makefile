@@ -1,5 +1,6 @@
 # The menu; `make` alone prints it. Everything happens in .venv, which the first target makes.
-# Needs python3 (3.11 or newer, with its venv module) and pip's configured package index.
+# Needs python3 (3.11 or newer, with its venv module) and pip's configured package index; with g++
+# the engine's own CPU kernels are built, without it torch serves.
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:

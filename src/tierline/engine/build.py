@@ -15,8 +15,9 @@ from tierline.base.errors import DoesNotFitError, InputError
 from tierline.base.names import lookup
 from tierline.catalog.gpu import GpuSpec
 from tierline.catalog.models import model_from_config
-from tierline.engine import native
+from tierline.engine import native, native_attention
 from tierline.engine.arena import Arena, Geometry, geometry
+from tierline.engine.attention import gathered
 from tierline.engine.batch import Tables
 from tierline.engine.checkpoint import Checkpoint, open_checkpoint
 from tierline.engine.clock import SystemClock
@@ -174,25 +175,39 @@ def _network(
     def compact(ours: str) -> tuple[str, torch.Tensor] | None:
         return checkpoint.compact(names(ours))
 
-    reason = _why_not_native(decoder, options, dtype=dtype, device=device)
-    if isinstance(reason, native.Kernels):
+    loaded = _kernels(options, dtype=dtype, device=device)
+    if isinstance(loaded, str):
+        if options.kernels == "native":
+            raise InputError(f"no native kernels: {loaded}", hint="leave out kernels='native'")
+        plain = TorchNetwork(decoder, weights, dtype=dtype, device=device)
+        return plain, f"torch ({loaded})", _plain_bytes(decoder, dtype)
+    reason = native_supports(decoder, dtype)
+    if reason is None:
         network = NativeNetwork(
             decoder,
             weights,
             dtype=dtype,
-            kernels=reason,
+            kernels=loaded,
             compact=compact if dtype is torch.bfloat16 else None,
         )
-        return network, f"native, {reason.isa}", network.weight_bytes
-    if options.kernels == "native":
-        raise InputError(f"no native kernels: {reason}", hint="leave out kernels='native'")
-    elements = sum(prod(shape) for shape in weight_shapes(decoder).values())
-    plain = TorchNetwork(decoder, weights, dtype=dtype, device=device)
-    return plain, f"torch ({reason})", elements * dtype.itemsize
+        return network, f"native step, {loaded.isa}", network.weight_bytes
+    paged = all(
+        native_attention.why_not(layer.attention, dtype) is None for layer in decoder.layers
+    )
+    attention = native_attention.version(loaded) if paged else gathered
+    mixed = TorchNetwork(
+        decoder, weights, dtype=dtype, device=device, attention=attention, kernels=loaded
+    )
+    told = f"native products, {loaded.isa}, in a torch step ({reason})"
+    return mixed, told, _plain_bytes(decoder, dtype)
 
 
-def _why_not_native(
-    decoder: Decoder, options: EngineOptions, *, dtype: torch.dtype, device: torch.device
+def _plain_bytes(decoder: Decoder, dtype: torch.dtype) -> int:
+    return sum(prod(shape) for shape in weight_shapes(decoder).values()) * dtype.itemsize
+
+
+def _kernels(
+    options: EngineOptions, *, dtype: torch.dtype, device: torch.device
 ) -> native.Kernels | str:
     """The native kernels, or why they do not serve here."""
     lookup("kernels", options.kernels, {"auto": 0, "native": 0, "torch": 0}, error=InputError)
@@ -202,8 +217,8 @@ def _why_not_native(
         return f"{device.type} has its own"
     if options.kernels_folder is None:
         return "no folder to build them in"
-    if (reason := native_supports(decoder, dtype)) is not None:
-        return reason
+    if dtype is torch.float16:
+        return "no native kernel computes in float16"
     loaded = native.load(options.kernels_folder)
     return loaded.reason if isinstance(loaded, native.Missing) else loaded
 

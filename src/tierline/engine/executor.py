@@ -6,6 +6,9 @@ network computes, and the logits of everybody who reached an end come back.
 
 Whoever decodes stands before whoever computes a prompt, each in the scheduler's order, so a
 batch is a function of the step alone.
+
+Invariants
+    INV-ENG-3  no memory or scheduling feature changes the tokens of a greedy request
 """
 
 from collections.abc import Mapping

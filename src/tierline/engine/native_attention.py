@@ -7,7 +7,7 @@ after another, each for 16 tokens; then V, one word of tokens after another, eac
 dimensions.  A word is one float32 or two bfloat16.  `read_layer` and `write_layer` translate.
 
 Invariants
-    INV-ENG-1  a token sees the positions from its own back to the window's edge, and nothing
+    INV-ENG-6  a token sees the positions from its own back to the window's edge, and nothing
                that another slot of any page holds, NaN included
     INV-ENG-7  a token's result is the same, bit for bit, whatever the chunk it came in, the
                batch around it and the number of threads

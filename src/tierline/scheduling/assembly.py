@@ -2,6 +2,9 @@
 
 The simulator's replicas and the engine both come here, so that equal limits, memory and prices
 mean equal decisions.  Whoever really holds memory asks for block names.
+
+Invariants
+    INV-ENG-4  engine and simulator, given the same requests and one clock, take the same steps
 """
 
 from collections.abc import Mapping
