@@ -25,7 +25,7 @@ from tierline.engine.conversation import Chat
 from tierline.engine.decoder import Decoder
 from tierline.engine.engine import Clock, Engine, Facts
 from tierline.engine.executor import Executor, Network
-from tierline.engine.machine import guess, memory_available_bytes
+from tierline.engine.machine import guess, measured, memory_available_bytes
 from tierline.engine.models import decoder_of
 from tierline.engine.native_step import NativeNetwork
 from tierline.engine.native_step import supports as native_supports
@@ -63,7 +63,7 @@ class EngineOptions:
     policy: str = "tierline"
     prefix_cache: bool = True
     seed: int = 0
-    machine: GpuSpec | None = None  # measured rates; None: assumptions
+    machine: GpuSpec | None = None  # its rates; None: as `tierline calibrate` left them, or a guess
 
     def __post_init__(self) -> None:
         for name, least in (("sequences_max", 1), ("block_tokens", 16)):
@@ -269,7 +269,11 @@ def _scheduler(
     policy: Policy = POLICIES[lookup("policy", options.policy, {n: n for n in POLICIES})]
     model = model_from_config(checkpoint.config, name=checkpoint.name, source=str(checkpoint.path))
     weights = "fp32" if dtype is torch.float32 else "bf16"
-    cost = StepCost(model, options.machine or guess(device), Layout(weights=weights, kv="bf16"))
+    cost = StepCost(
+        model,
+        options.machine or measured(device) or guess(device),
+        Layout(weights=weights, kv="bf16"),
+    )
     return assemble(
         layout=layout,
         pages_total=pages,
