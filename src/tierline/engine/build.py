@@ -17,7 +17,7 @@ from tierline.catalog.gpu import GpuSpec
 from tierline.catalog.models import model_from_config
 from tierline.engine import native, native_attention
 from tierline.engine.arena import Arena, Geometry, geometry
-from tierline.engine.attention import gathered
+from tierline.engine.attention import Version, gathered
 from tierline.engine.batch import Tables
 from tierline.engine.checkpoint import Checkpoint, open_checkpoint
 from tierline.engine.clock import SystemClock
@@ -179,8 +179,9 @@ def _network(
     if isinstance(loaded, str):
         if options.kernels == "native":
             raise InputError(f"no native kernels: {loaded}", hint="leave out kernels='native'")
-        plain = TorchNetwork(decoder, weights, dtype=dtype, device=device)
-        return plain, f"torch ({loaded})", _plain_bytes(decoder, dtype)
+        attention, told = _attention(device)
+        plain = TorchNetwork(decoder, weights, dtype=dtype, device=device, attention=attention)
+        return plain, f"{told} ({loaded})", _plain_bytes(decoder, dtype)
     reason = native_supports(decoder, dtype)
     if reason is None:
         network = NativeNetwork(
@@ -202,6 +203,17 @@ def _network(
     return mixed, told, _plain_bytes(decoder, dtype)
 
 
+def _attention(device: torch.device) -> tuple[Version, str]:
+    """What a network in torch attends with: kernels for the GPU, where they are installed."""
+    if device.type == "cuda":
+        try:
+            from tierline.engine.attention_cuda import attend
+        except ModuleNotFoundError:  # no triton: slower, and as right
+            return gathered, "torch without triton"
+        return attend, "torch and triton"
+    return gathered, "torch"
+
+
 def _plain_bytes(decoder: Decoder, dtype: torch.dtype) -> int:
     return sum(prod(shape) for shape in weight_shapes(decoder).values()) * dtype.itemsize
 
@@ -214,7 +226,7 @@ def _kernels(
     if options.kernels == "torch":
         return "asked for"
     if device.type != "cpu":
-        return f"{device.type} has its own"
+        return f"on {device.type}"
     if options.kernels_folder is None:
         return "no folder to build them in"
     if dtype is torch.float16:
