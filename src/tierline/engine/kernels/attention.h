@@ -18,8 +18,8 @@
 
 namespace tl {
 
-constexpr int kTileTokens = 16;
-constexpr int kChunkTokens = 128;  // keys per round of the online softmax, at fixed positions
+constexpr int TILE_TOKENS = 16;
+constexpr int CHUNK_TOKENS = 128;  // keys per round of the online softmax, at fixed positions
 
 // Where the keys and values of one layer lie.
 struct Cache {
@@ -28,7 +28,7 @@ struct Cache {
     int64_t offset;  // of this layer inside a page
     int32_t block_tokens, kv_heads, head_dim, element_bytes;
 
-    int64_t tile_words() const { return int64_t(kTileTokens) * head_dim * element_bytes / 4; }
+    int64_t tile_words() const { return int64_t(TILE_TOKENS) * head_dim * element_bytes / 4; }
 };
 
 // One step's sequences: rows starts[s] to starts[s + 1] are the last tokens of sequence s.
@@ -42,7 +42,8 @@ inline int position_of(const Sequences& batch, int sequence, int row) {
     return batch.lengths[sequence] - (batch.starts[sequence + 1] - row);
 }
 
-// Pages of a cache group: that of block b, for a layer in `part`, at [s * stride + b * parts + part].
+// Pages of a cache group: that of block b, for a layer in `part`, at [s * stride + b * parts +
+// part].
 struct Table {
     const int32_t* entries;
     int32_t stride, parts, part;
@@ -59,7 +60,6 @@ struct WorkItem {
 
 // Rows whose keys several threads share; the last one done merges what they left.
 struct Split {
-    int32_t item;  // any of them
     int32_t items, partial, chunks;
 };
 
@@ -68,7 +68,8 @@ struct AttentionPlan {
     std::vector<WorkItem> items;  // the dearest first
     std::vector<Split> splits;
     std::vector<std::atomic<int32_t>> left;  // of each split: items not done
-    std::vector<float> partials;
+    std::vector<float> partials;             // records of split items
+    int32_t partial_count = 0;
     std::atomic<int32_t> next{0};
     int32_t group = 0, rows_max = 0;  // heads of a KV head; rows of the largest item
 };

@@ -13,11 +13,15 @@
 
 namespace tl {
 
+constexpr float LOG2E = 1.44269504088896341f;
+
 struct Bf16 {
     uint16_t bits;
 };
 
-inline float widen(float x) { return x; }
+inline float widen(float x) {
+    return x;
+}
 
 inline float widen(Bf16 x) {
     uint32_t bits = static_cast<uint32_t>(x.bits) << 16;
@@ -32,18 +36,42 @@ struct Lanes {
     __m512 v;
 };
 
-inline Lanes zeros() { return {_mm512_setzero_ps()}; }
-inline Lanes all(float x) { return {_mm512_set1_ps(x)}; }
-inline Lanes load(const float* p) { return {_mm512_loadu_ps(p)}; }
-inline void store(float* p, Lanes a) { _mm512_storeu_ps(p, a.v); }
-inline Lanes operator+(Lanes a, Lanes b) { return {_mm512_add_ps(a.v, b.v)}; }
-inline Lanes operator-(Lanes a, Lanes b) { return {_mm512_sub_ps(a.v, b.v)}; }
-inline Lanes operator*(Lanes a, Lanes b) { return {_mm512_mul_ps(a.v, b.v)}; }
-inline Lanes operator/(Lanes a, Lanes b) { return {_mm512_div_ps(a.v, b.v)}; }
-inline Lanes fma(Lanes a, Lanes b, Lanes c) { return {_mm512_fmadd_ps(a.v, b.v, c.v)}; }
-inline Lanes max(Lanes a, Lanes b) { return {_mm512_max_ps(a.v, b.v)}; }  // b when either is NaN
-inline float sum(Lanes a) { return _mm512_reduce_add_ps(a.v); }
-inline float largest(Lanes a) { return _mm512_reduce_max_ps(a.v); }
+inline Lanes zeros() {
+    return {_mm512_setzero_ps()};
+}
+inline Lanes all(float x) {
+    return {_mm512_set1_ps(x)};
+}
+inline Lanes load(const float* p) {
+    return {_mm512_loadu_ps(p)};
+}
+inline void store(float* p, Lanes a) {
+    _mm512_storeu_ps(p, a.v);
+}
+inline Lanes operator+(Lanes a, Lanes b) {
+    return {_mm512_add_ps(a.v, b.v)};
+}
+inline Lanes operator-(Lanes a, Lanes b) {
+    return {_mm512_sub_ps(a.v, b.v)};
+}
+inline Lanes operator*(Lanes a, Lanes b) {
+    return {_mm512_mul_ps(a.v, b.v)};
+}
+inline Lanes operator/(Lanes a, Lanes b) {
+    return {_mm512_div_ps(a.v, b.v)};
+}
+inline Lanes fma(Lanes a, Lanes b, Lanes c) {
+    return {_mm512_fmadd_ps(a.v, b.v, c.v)};
+}
+inline Lanes max(Lanes a, Lanes b) {
+    return {_mm512_max_ps(a.v, b.v)};
+}  // b when either is NaN
+inline float sum(Lanes a) {
+    return _mm512_reduce_add_ps(a.v);
+}
+inline float largest(Lanes a) {
+    return _mm512_reduce_max_ps(a.v);
+}
 
 // The lanes first <= i < last; the others become `other`.
 inline Lanes keep(Lanes a, int first, int last, float other) {
@@ -83,7 +111,9 @@ struct Words {
     __m512i v;
 };
 
-inline Words load_words(const uint32_t* p) { return {_mm512_loadu_si512(p)}; }
+inline Words load_words(const uint32_t* p) {
+    return {_mm512_loadu_si512(p)};
+}
 
 template <class E>
 inline Lanes dot(Lanes sum, uint32_t a, Words b);
@@ -96,11 +126,12 @@ inline Lanes dot<float>(Lanes sum, uint32_t a, Words b) {
 
 template <>
 inline Lanes dot<Bf16>(Lanes sum, uint32_t a, Words b) {
-    return {_mm512_dpbf16_ps(sum.v, reinterpret_cast<__m512bh>(_mm512_set1_epi32(static_cast<int>(a))),
+    return {_mm512_dpbf16_ps(sum.v,
+                             reinterpret_cast<__m512bh>(_mm512_set1_epi32(static_cast<int>(a))),
                              reinterpret_cast<__m512bh>(b.v))};
 }
 
-constexpr int kRowsAtOnce = 8;
+constexpr int ROWS_AT_ONCE = 8;
 
 #else
 
@@ -108,9 +139,15 @@ struct Lanes {
     __m256 lo, hi;
 };
 
-inline Lanes zeros() { return {_mm256_setzero_ps(), _mm256_setzero_ps()}; }
-inline Lanes all(float x) { return {_mm256_set1_ps(x), _mm256_set1_ps(x)}; }
-inline Lanes load(const float* p) { return {_mm256_loadu_ps(p), _mm256_loadu_ps(p + 8)}; }
+inline Lanes zeros() {
+    return {_mm256_setzero_ps(), _mm256_setzero_ps()};
+}
+inline Lanes all(float x) {
+    return {_mm256_set1_ps(x), _mm256_set1_ps(x)};
+}
+inline Lanes load(const float* p) {
+    return {_mm256_loadu_ps(p), _mm256_loadu_ps(p + 8)};
+}
 inline void store(float* p, Lanes a) {
     _mm256_storeu_ps(p, a.lo);
     _mm256_storeu_ps(p + 8, a.hi);
@@ -200,7 +237,9 @@ inline __m256 exp2_half(__m256 x) {
     return _mm256_and_ps(scaled, _mm256_cmp_ps(x, _mm256_set1_ps(-126.0f), _CMP_NLT_UQ));
 }
 
-inline Lanes exp2(Lanes x) { return {exp2_half(x.lo), exp2_half(x.hi)}; }
+inline Lanes exp2(Lanes x) {
+    return {exp2_half(x.lo), exp2_half(x.hi)};
+}
 
 struct Words {
     __m256i lo, hi;
@@ -234,12 +273,16 @@ inline Lanes dot<Bf16>(Lanes sum, uint32_t a, Words b) {
     return {dot_half(sum.lo, a, b.lo), dot_half(sum.hi, a, b.hi)};
 }
 
-constexpr int kRowsAtOnce = 4;
+constexpr int ROWS_AT_ONCE = 4;
 
 #endif
 
 // Words of 16 probabilities, as `dot` wants its first operand.
-inline void store_words(uint32_t* p, Lanes a, float) { store(reinterpret_cast<float*>(p), a); }
-inline void store_words(uint32_t* p, Lanes a, Bf16) { store(reinterpret_cast<Bf16*>(p), a); }
+inline void store_words(uint32_t* p, Lanes a, float) {
+    store(reinterpret_cast<float*>(p), a);
+}
+inline void store_words(uint32_t* p, Lanes a, Bf16) {
+    store(reinterpret_cast<Bf16*>(p), a);
+}
 
 }  // namespace tl

@@ -14,12 +14,11 @@
 namespace tl {
 namespace {
 
-constexpr int PASS_ROWS = 1024;         // longer steps go through the layers in several passes
-constexpr int REDUNDANT_ROWS = 2;       // so few are normed by every thread, to save a barrier
-constexpr int PAIR = 2 * PANEL;         // outputs: a panel of gate beside its panel of up
-constexpr int PAIR_ROWS = 256;          // whose activations stay in the L2 cache
+constexpr int PASS_ROWS = 1024;          // longer steps go through the layers in several passes
+constexpr int REDUNDANT_ROWS = 2;        // so few are normed by every thread, to save a barrier
+constexpr int PAIR = 2 * PANEL;          // outputs: a panel of gate beside its panel of up
+constexpr int PAIR_ROWS = 256;           // whose activations stay in the L2 cache
 constexpr size_t PAIR_BYTES = 64 << 10;  // gate and up values waiting for their product
-constexpr float LOG2E = 1.44269504088896341f;
 
 // Mathematics of rows, in whole lanes: every width is a multiple of 16.
 
@@ -37,7 +36,8 @@ void norm_row(const float* x, const float* weight, int n, float eps, float* out)
 
 // Dimension i turns with dimension i + half, or 2i with 2i + 1.  angles: cosines, then sines.
 void rotate(float* head, const float* angles, const Rope& rope) {
-    const int half = rope.count, step = rope.interleaved ? 2 : 1, apart = rope.interleaved ? 1 : half;
+    const int half = rope.count, step = rope.interleaved ? 2 : 1,
+              apart = rope.interleaved ? 1 : half;
     for (int i = 0; i < half; ++i) {
         float &first = head[i * step], &second = head[i * step + apart];
         const float a = first, b = second, cosine = angles[i], sine = angles[half + i];
@@ -83,7 +83,9 @@ void choose(const Experts& experts, float* scores, Choice* choices) {
 }
 
 // Bytes rounded so that the next thing starts on a cache line.
-size_t lines(size_t bytes) { return (bytes + 63) / 64 * 64; }
+size_t lines(size_t bytes) {
+    return (bytes + 63) / 64 * 64;
+}
 
 // One allocation for everything that a pass needs.
 class Memory {
@@ -108,16 +110,16 @@ class Memory {
 
 // The buffers of a pass: shared ones for all its rows, and some for each thread.
 struct Buffers {
-    float *x, *y, *z;            // the residual stream, the wanted rows of it, what is added next
-    char* in;                    // normed rows as products read them
+    float *x, *y, *z;  // the residual stream, the wanted rows of it, what is added next
+    char* in;          // normed rows as products read them
     float* qkv;
-    char* q;                     // turned, as elements of the cache
-    char *attended, *picked;     // rows for o: all, and the wanted ones
-    char* gated;                 // rows for down
-    float* angles;               // [rows][angles of every rope]
-    float* scores;               // of experts
-    char* sorted;                // normed rows by expert
-    float* said;                 // by every expert of a row
+    char* q;                        // turned, as elements of the cache
+    char *attended, *picked;        // rows for o: all, and the wanted ones
+    char* gated;                    // rows for down
+    float* angles;                  // [rows][angles of every rope]
+    float* scores;                  // of experts
+    char* sorted;                   // normed rows by expert
+    float* said;                    // by every expert of a row
     char *own, *row, *pair, *work;  // of thread 0; the next one's is `own_bytes` further
     size_t own_bytes = 0;
 };
@@ -214,23 +216,35 @@ class Stepper {
         const size_t rows = size_t(capacity_), hidden = size_t(model_.hidden);
         size_t total = 0;
         const auto place = [&](size_t bytes) { return std::exchange(total, total + lines(bytes)); };
-        const size_t shared[] = {place(rows * hidden * 4), place(rows * hidden * 4), place(rows * hidden * 4),
-                                 place(rows * in),         place(rows * qkv * 4),    place(rows * heads * 4),
-                                 place(rows * out),        place(rows * out),        place(rows * act * std::max<size_t>(1, active)),
-                                 place(rows * angle_count_ * 4), place(rows * experts * 4),
-                                 place(rows * active * in), place(rows * active * hidden * 4)};
+        const size_t shared[] = {place(rows * hidden * 4),
+                                 place(rows * hidden * 4),
+                                 place(rows * hidden * 4),
+                                 place(rows * in),
+                                 place(rows * qkv * 4),
+                                 place(rows * heads * 4),
+                                 place(rows * out),
+                                 place(rows * out),
+                                 place(rows * act * std::max<size_t>(1, active)),
+                                 place(rows * angle_count_ * 4),
+                                 place(rows * experts * 4),
+                                 place(rows * active * in),
+                                 place(rows * active * hidden * 4)};
         const size_t threads_at = total;
-        const size_t own[] = {place(REDUNDANT_ROWS * std::max({in, out, act})), place(std::max(hidden, heads) * 4),
-                              place(std::max(PAIR_BYTES, size_t(PAIR) * 4 * PAIR_ROWS)), place(work)};
+        const size_t own[] = {
+            place(REDUNDANT_ROWS * std::max({in, out, act})), place(std::max(hidden, heads) * 4),
+            place(std::max(PAIR_BYTES, size_t(PAIR) * 4 * PAIR_ROWS)), place(work)};
         const size_t own_bytes = total - threads_at;
         if (!memory_.renew(threads_at + own_bytes * capacity_threads_)) return capacity_ = 0, false;
         choices_.resize(rows * active);
-        const auto floats = [&](size_t offset) { return reinterpret_cast<float*>(memory_.at(offset)); };
+        const auto floats = [&](size_t offset) {
+            return reinterpret_cast<float*>(memory_.at(offset));
+        };
         const auto bytes = [&](size_t offset) { return memory_.at(offset); };
-        buffers_ = {floats(shared[0]), floats(shared[1]), floats(shared[2]), bytes(shared[3]), floats(shared[4]),
-                    bytes(shared[5]),  bytes(shared[6]),  bytes(shared[7]),  bytes(shared[8]), floats(shared[9]),
-                    floats(shared[10]), bytes(shared[11]), floats(shared[12]),
-                    bytes(own[0]),     bytes(own[1]),     bytes(own[2]),     bytes(own[3]),    own_bytes};
+        buffers_ = {floats(shared[0]),  floats(shared[1]), floats(shared[2]),  bytes(shared[3]),
+                    floats(shared[4]),  bytes(shared[5]),  bytes(shared[6]),   bytes(shared[7]),
+                    bytes(shared[8]),   floats(shared[9]), floats(shared[10]), bytes(shared[11]),
+                    floats(shared[12]), bytes(own[0]),     bytes(own[1]),      bytes(own[2]),
+                    bytes(own[3]),      own_bytes};
         return true;
     }
 
@@ -267,7 +281,8 @@ class Stepper {
                 post = nullptr;
                 continue;
             }
-            in = normed(x, rows, layer.post_attention_norm, layer.ffn_norm, layer.gate_up.type, thread);
+            in = normed(x, rows, layer.post_attention_norm, layer.ffn_norm, layer.gate_up.type,
+                        thread);
             gate_and_up(layer, layer.gate_up, in, rows, buffers_.gated, thread);
             barrier();
             in = completed(layer.down, buffers_.gated, rows, thread);
@@ -303,7 +318,8 @@ class Stepper {
 
     // x += norm(z) when that is still due, then the norm of x as rows that `type` multiplies.
     // Ends with a barrier unless every thread made its own.
-    const char* normed(float* x, int rows, const float* post, const float* weight, int type, int thread) {
+    const char* normed(float* x, int rows, const float* post, const float* weight, int type,
+                       int thread) {
         const bool redundant = post == nullptr && rows <= REDUNDANT_ROWS;
         const Range mine = redundant ? Range{0, rows} : share(rows, thread, threads_);
         char* to = redundant ? own(buffers_.own, thread) : buffers_.in;
@@ -312,7 +328,8 @@ class Stepper {
         for (int r = mine.begin; r < mine.end; ++r) {
             float* x_row = x + size_t(r) * model_.hidden;
             if (post != nullptr) {
-                norm_row(buffers_.z + size_t(r) * model_.hidden, post, model_.hidden, model_.norm_eps, row);
+                norm_row(buffers_.z + size_t(r) * model_.hidden, post, model_.hidden,
+                         model_.norm_eps, row);
                 add_row(x_row, row, model_.hidden);
             }
             norm_row(x_row, weight, model_.hidden, model_.norm_eps, row);
@@ -336,25 +353,30 @@ class Stepper {
     }
 
     // x += W a, or z = W a when a norm comes between.
-    void add_product(const Matrix& w, const char* a, float* x, int rows, const float* post, int thread) {
-        gemm(w, a, rows, post == nullptr ? x : buffers_.z, model_.hidden, post == nullptr, thread, threads_);
+    void add_product(const Matrix& w, const char* a, float* x, int rows, const float* post,
+                     int thread) {
+        gemm(w, a, rows, post == nullptr ? x : buffers_.z, model_.hidden, post == nullptr, thread,
+             threads_);
         barrier();
     }
 
-    // Queries turned for `attend`, keys and values into the cache: by rows, or by heads for few rows.
+    // Queries turned for `attend`, keys and values into the cache: by rows, or by heads for few
+    // rows.
     template <class E>
     void remember(const Layer& layer, int thread) {
         const bool few = rows_ < 2 * threads_;
         const AttentionShape& shape = layer.attention;
         const Range rows = few ? Range{0, rows_} : rows_of(batch_.sequences, thread, threads_);
-        const Range heads = few ? share(shape.kv_heads, thread, threads_) : Range{0, shape.kv_heads};
+        const Range heads =
+            few ? share(shape.kv_heads, thread, threads_) : Range{0, shape.kv_heads};
         const int group = shape.heads / shape.kv_heads, dim = shape.head_dim;
         const Cache cache = cache_of(layer);
         const Table table = table_of(layer);
         float* head = reinterpret_cast<float*>(own(buffers_.row, thread));
         for (int row = rows.begin; row < rows.end; ++row) {
             const float* qkv = buffers_.qkv + size_t(row) * layer.qkv.n;
-            const float* angles = buffers_.angles + size_t(row) * angle_count_ + angles_at_[layer.rope];
+            const float* angles =
+                buffers_.angles + size_t(row) * angle_count_ + angles_at_[layer.rope];
             const auto turn = [&](const float* from, const float* norm) {
                 if (norm != nullptr)
                     norm_row(from, norm, dim, model_.norm_eps, head);
@@ -394,7 +416,8 @@ class Stepper {
 
     // After the last attention only rows with logits go on.
     void pick(const Layer& layer, int thread) {
-        const size_t bytes = activation_bytes(layer.o.type, layer.o.k), hidden = size_t(model_.hidden);
+        const size_t bytes = activation_bytes(layer.o.type, layer.o.k),
+                     hidden = size_t(model_.hidden);
         const Range mine = share(int(wanted_.size()), thread, threads_);
         for (int i = mine.begin; i < mine.end; ++i) {
             const size_t row = size_t(wanted_[i]);
@@ -404,9 +427,11 @@ class Stepper {
     }
 
     // act(gate) x up, straight into rows for `down`: a thread has the panels of both.
-    void gate_and_up(const Layer& layer, const Matrix& w, const char* in, int rows, char* out, int thread) {
+    void gate_and_up(const Layer& layer, const Matrix& w, const char* in, int rows, char* out,
+                     int thread) {
         const Range mine = share(w.n / PAIR, thread, threads_);
-        const size_t pair_bytes = packed_bytes(w.type, PAIR, w.k), in_bytes = activation_bytes(w.type, w.k);
+        const size_t pair_bytes = packed_bytes(w.type, PAIR, w.k),
+                     in_bytes = activation_bytes(w.type, w.k);
         const size_t out_bytes = activation_bytes(layer.down.type, layer.down.k);
         float* values = reinterpret_cast<float*>(own(buffers_.pair, thread));
         for (int row = 0; row < rows; row += PAIR_ROWS) {
@@ -422,12 +447,14 @@ class Stepper {
         }
     }
 
-    void multiply(const Layer& layer, const float* values, int rows, int pair, int pairs, char* out) {
+    void multiply(const Layer& layer, const float* values, int rows, int pair, int pairs,
+                  char* out) {
         const size_t bytes = activation_bytes(layer.down.type, layer.down.k);
         const bool wide = activation_kind(layer.down.type) == F32;
         for (int r = 0; r < rows; ++r, out += bytes)
             for (int p = 0; p < pairs; ++p) {
-                const int first = (pair + p) * PANEL, count = std::min(PANEL, layer.intermediate - first);
+                const int first = (pair + p) * PANEL,
+                          count = std::min(PANEL, layer.intermediate - first);
                 const float* gate = values + (size_t(r) * pairs + p) * PAIR;
                 if (wide)
                     gated_row(gate, gate + PANEL, count, layer.activation,
@@ -442,20 +469,23 @@ class Stepper {
     // adds what its experts say in the order of their weights.
     void route(const Layer& layer, float* x, int rows, const float* post, int thread) {
         const Experts& experts = *layer.experts;
-        const size_t hidden = size_t(model_.hidden), gated_bytes = activation_bytes(layer.down.type, layer.down.k);
+        const size_t hidden = size_t(model_.hidden),
+                     gated_bytes = activation_bytes(layer.down.type, layer.down.k);
         const char* in = normed(x, rows, post, layer.ffn_norm, F32, thread);
         gemm(experts.router, in, rows, buffers_.scores, experts.count, false, thread, threads_);
         barrier();
         in = normed(x, rows, nullptr, layer.ffn_norm, layer.gate_up.type, thread);
         const Range mine = share(rows, thread, threads_);
         for (int r = mine.begin; r < mine.end; ++r)
-            choose(experts, buffers_.scores + size_t(r) * experts.count, &choices_[r * experts.active]);
+            choose(experts, buffers_.scores + size_t(r) * experts.count,
+                   &choices_[r * experts.active]);
         barrier();
         if (thread == 0) sort_by_expert(experts, rows);
         barrier();
         const size_t in_bytes = activation_bytes(layer.gate_up.type, model_.hidden);
         for (int i = mine.begin * experts.active; i < mine.end * experts.active; ++i)
-            std::memcpy(buffers_.sorted + choices_[i].slot * in_bytes, in + i / experts.active * in_bytes, in_bytes);
+            std::memcpy(buffers_.sorted + choices_[i].slot * in_bytes,
+                        in + i / experts.active * in_bytes, in_bytes);
         barrier();
         each_expert(experts, [&](int e, int first, int count) {
             gate_and_up(layer, experts.gate_up[e], buffers_.sorted + first * in_bytes, count,
@@ -464,14 +494,14 @@ class Stepper {
         barrier();
         const char* gated = completed(layer.down, buffers_.gated, rows * experts.active, thread);
         each_expert(experts, [&](int e, int first, int count) {
-            gemm(experts.down[e], gated + first * gated_bytes, count, buffers_.said + first * hidden,
-                 model_.hidden, false, thread, threads_);
+            gemm(experts.down[e], gated + first * gated_bytes, count,
+                 buffers_.said + first * hidden, model_.hidden, false, thread, threads_);
         });
         barrier();
         for (int r = mine.begin; r < mine.end; ++r)
             for (int i = r * experts.active; i < (r + 1) * experts.active; ++i)
-                add_scaled(x + r * hidden, buffers_.said + choices_[i].slot * hidden, choices_[i].weight,
-                           model_.hidden);
+                add_scaled(x + r * hidden, buffers_.said + choices_[i].slot * hidden,
+                           choices_[i].weight, model_.hidden);
         barrier();
     }
 
@@ -488,7 +518,8 @@ class Stepper {
     template <class F>
     void each_expert(const Experts& experts, F&& work) {
         for (int e = 0; e < experts.count; ++e)
-            if (first_of_[e] < first_of_[e + 1]) work(e, first_of_[e], first_of_[e + 1] - first_of_[e]);
+            if (first_of_[e] < first_of_[e + 1])
+                work(e, first_of_[e], first_of_[e + 1] - first_of_[e]);
     }
 
     void cap(float* logits, int rows, int thread) {
@@ -502,16 +533,16 @@ class Stepper {
 
     Cache cache_of(const Layer& layer) const {
         const AttentionShape& shape = layer.attention;
-        const int64_t layer_bytes = int64_t(2) * batch_.block_tokens * shape.kv_heads * shape.head_dim *
-                                    batch_.element_bytes;
-        return {batch_.pages,        batch_.page_bytes, layer.slot * layer_bytes,
-                batch_.block_tokens, shape.kv_heads,    shape.head_dim,
-                batch_.element_bytes};
+        const int64_t layer_bytes = int64_t(2) * batch_.block_tokens * shape.kv_heads *
+                                    shape.head_dim * batch_.element_bytes;
+        return {batch_.pages,   batch_.page_bytes, layer.slot * layer_bytes, batch_.block_tokens,
+                shape.kv_heads, shape.head_dim,    batch_.element_bytes};
     }
 
     Table table_of(const Layer& layer) const {
         const int stride = batch_.strides[layer.group];
-        return {batch_.tables[layer.group] + int64_t(first_sequence_) * stride, stride, layer.parts, layer.part};
+        return {batch_.tables[layer.group] + int64_t(first_sequence_) * stride, stride, layer.parts,
+                layer.part};
     }
 
     char* own(char* first, int thread) const { return first + buffers_.own_bytes * thread; }
@@ -540,9 +571,15 @@ class Stepper {
 extern "C" {
 
 // `model` and what it points to must outlive the stepper.
-tl::Stepper* tl_stepper(const tl::Model* model) { return new tl::Stepper(*model); }
-void tl_stepper_free(tl::Stepper* stepper) { delete stepper; }
-size_t tl_stepper_bytes(const tl::Stepper* stepper) { return stepper->bytes(); }
+tl::Stepper* tl_stepper(const tl::Model* model) {
+    return new tl::Stepper(*model);
+}
+void tl_stepper_free(tl::Stepper* stepper) {
+    delete stepper;
+}
+size_t tl_stepper_bytes(const tl::Stepper* stepper) {
+    return stepper->bytes();
+}
 
 // logits: [wanted][vocabulary] F32.  1 when done, 0 when there is no memory for so many rows.
 int tl_step(tl::Stepper* stepper, const tl::Batch* batch, float* logits) {
@@ -558,7 +595,8 @@ void tl_pack_pairs(void* packed, int type, int rows, int k, int source_type, con
             const int first = pair * tl::PANEL, count = std::min(tl::PANEL, rows - first);
             const auto put = [&](const void* from, size_t stride, int to) {
                 tl::pack(packed, type, pairs * 2 * tl::PANEL, k, source_type,
-                         static_cast<const char*>(from) + first * stride, stride, to, count, thread, threads);
+                         static_cast<const char*>(from) + first * stride, stride, to, count, thread,
+                         threads);
             };
             put(gate, gate_stride, 2 * first);
             put(up, up_stride, 2 * first + tl::PANEL);

@@ -23,15 +23,15 @@ enum Activation : int32_t { SILU = 0, GELU_TANH = 1 };
 struct Experts {
     int32_t count, active, normalised;
     float scale;
-    Matrix router;  // F32
+    Matrix router;                 // F32
     const Matrix *gate_up, *down;  // of each expert
 };
 
 // Weights of norms are F32 with the network's offset added; absent ones are null.
 struct Layer {
     Matrix qkv, o;
-    Matrix gate_up;  // panels of gate and up in turn: 32 outputs of one, 32 of the other
-    Matrix down;     // with experts both are like those of every expert, without data
+    Matrix gate_up;          // panels of gate and up in turn: 32 outputs of one, 32 of the other
+    Matrix down;             // with experts both are like those of every expert, without data
     const Experts* experts;  // null: dense
     const float *norm, *post_attention_norm, *ffn_norm, *post_ffn_norm;
     const float *q_norm, *k_norm;
