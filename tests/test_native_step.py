@@ -192,6 +192,18 @@ def test_a_row_is_the_same_in_any_batch_chunk_and_number_of_threads(
     assert torch.equal(torch.cat(one_by_one), alone[0])
 
 
+def test_another_order_of_sums_would_be_seen() -> None:
+    """The control: the network in torch agrees, but not to the last bit."""
+    _, decoder, weights = tiny("qwen2")
+    network = Network(decoder, weights, dtype=torch.float32, device=torch.device("cpu"))
+    texts = random_texts(90, 1, 33, 70)
+    alone = [Texts(network, [text], seed=n).whole()[0] for n, text in enumerate(texts)]
+    mixed = Texts(network, texts, seed=9).mixed(random.Random(3))
+    apart = max((a - b).abs().max().item() for a, b in zip(alone, mixed, strict=True))
+
+    assert 0 < apart < 1e-4
+
+
 def test_long_steps_in_passes_and_wanted_rows_alone_change_nothing(
     kernels: native.Kernels,
 ) -> None:
