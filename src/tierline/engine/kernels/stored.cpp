@@ -256,29 +256,36 @@ template <int TYPE>
 constexpr StoredTile OPEN_TILES[] = {tile<TYPE, true, 1, 2>, tile<TYPE, true, 2, 2>,
                                      tile<TYPE, true, 3, 2>, tile<TYPE, true, 4, 2>,
                                      tile<TYPE, true, 5, 2>, tile<TYPE, true, 6, 2>};
-constexpr int STRETCH = 7;  // blocks that are open at once: 16 KB
+constexpr int FEW = 4 * ROWS;  // from here on unpacking to memory, once, pays
+constexpr int STRETCH = 18;   // blocks that are unpacked at once: 41 KB, in the L2 cache
 
-// One tile of rows: the weights stream through it and are unpacked in registers.
+// Few rows: the weights stream from memory and are unpacked in registers, by every tile anew.
 template <int TYPE>
 void few_rows(const Matrix& w, const char* a, size_t a_stride, int m, const Target& target,
               Range panels) {
     Tile t{};
-    t.a = a, t.a_stride = a_stride;
+    t.a_stride = a_stride;
     t.panel_bytes = stored_panel_bytes(TYPE, w.k);
     t.units = w.k / BLOCK;
     t.first = t.last = true;
-    const int wide = WIDE[m - 1] / 2;  // panels
-    for (int panel = panels.begin; panel < panels.end;) {
-        const bool whole = panel + wide <= panels.end;
+    const int tiles = (m + ROWS - 1) / ROWS;
+    const int wide = tiles == 1 ? WIDE[m - 1] / 2 : 1;  // panels
+    for (int panel = panels.begin, together; panel < panels.end; panel += together) {
+        together = panel + wide <= panels.end ? wide : 1;
         t.b = static_cast<const char*>(w.data) + panel * t.panel_bytes;
-        t.ahead = t.b + (whole ? wide : 1) * t.panel_bytes;  // harmless past the end
-        target.aim(t, w, 0, panel * PANEL);
-        (whole ? WIDE_TILES<TYPE> : NARROW_TILES<TYPE>)[m - 1](t, a + size_t(w.k) * 2);
-        panel += whole ? wide : 1;
+        t.ahead = t.b + together * t.panel_bytes;  // harmless past the end
+        for (int i = 0; i < tiles; ++i) {
+            const Range rows = share(m, i, tiles);
+            const int count = rows.end - rows.begin;
+            t.a = a + rows.begin * a_stride;
+            target.aim(t, w, rows.begin, panel * PANEL);
+            const bool narrow = WIDE[count - 1] / 2 > together;
+            (narrow ? NARROW_TILES<TYPE> : WIDE_TILES<TYPE>)[count - 1](t, t.a + size_t(w.k) * 2);
+        }
     }
 }
 
-// A stretch of one panel is unpacked into the L1 cache, then all rows of a block pass.
+// A stretch of one panel is unpacked into the L2 cache, then all rows of a block pass.
 template <int TYPE>
 void one_block(const Matrix& w, const char* a, size_t a_stride, Range rows, const Target& target,
                Range panels) {
@@ -316,7 +323,7 @@ void one_block(const Matrix& w, const char* a, size_t a_stride, Range rows, cons
 template <int TYPE>
 void product(const Matrix& w, const char* a, size_t a_stride, int m, const Target& target,
              Range panels) {
-    if (m <= ROWS) return few_rows<TYPE>(w, a, a_stride, m, target, panels);
+    if (m <= FEW) return few_rows<TYPE>(w, a, a_stride, m, target, panels);
     const int blocks = row_blocks(m, ROWS, a_stride);
     for (int block = 0; block < blocks; ++block)
         one_block<TYPE>(w, a, a_stride, share(m, block, blocks), target, panels);
