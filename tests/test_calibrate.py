@@ -282,7 +282,7 @@ def test_a_law_that_is_wrong_here_shows_it() -> None:
 
 
 def test_equal_samples_equal_entry() -> None:
-    """INV-ENG-20"""
+    """INV-ENG-70"""
     one, other = (to_toml(make_entry(*planted(), **FACTS)[0]) for _ in range(2))
 
     assert one == other
@@ -414,7 +414,7 @@ def test_json_and_a_file_of_choice(
 def test_interrupted_leaves_nothing(
     home: Path, tiny: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """INV-ENG-21"""
+    """INV-ENG-71"""
 
     def interrupted(*_: object) -> None:
         assert list(home.rglob("disk"))

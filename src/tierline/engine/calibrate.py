@@ -11,8 +11,8 @@ the step law itself (`perf.step`), so that the law gives measured steps back; st
 network are kept from the fit, and compared.
 
 Invariants
-    INV-ENG-20  the entry is a function of the samples: equal samples, equal entry
-    INV-ENG-21  an entry is whole or absent, and nothing else is left behind
+    INV-ENG-70  the entry is a function of the samples: equal samples, equal entry
+    INV-ENG-71  an entry is whole or absent, and nothing else is left behind
 """
 
 import math
@@ -165,7 +165,7 @@ def calibrate(
     sizes: Sizes | None = None,
     progress: bool = False,
 ) -> Calibration:
-    """Measure this machine for `seconds`, after what it takes to get ready (kernels are built once).
+    """Measure this machine for `seconds`, after getting ready (kernels are built once).
 
     `scratch` is a folder on the disk to measure; what is written there is gone at the end.
     `model` is a checkpoint to compare with; None: random weights of SmolLM2-135M's shape.
@@ -205,7 +205,7 @@ def calibrate(
         host_bytes=0 if on_cpu else machine.memory_available_bytes(torch.device("cpu")),
         disk_how=disk.how,
         today=today,
-        threads=torch.get_num_threads(),
+        threads=machine.cores(),
     )
     return Calibration(
         gpu=gpu,
@@ -470,7 +470,8 @@ def fit(timed: Sequence[tuple[Step, float]], gpu: GpuSpec, start: Reached) -> Re
 
     Least squares of the logarithms (Levenberg and Marquardt): of measured over predicted, and,
     much weaker, of each number over the one it starts from, so that what no step tells stays.
-    Logarithms keep everything above zero and weigh a step of a millisecond like one of a second.
+    Logarithms keep everything above zero and weigh a step of a millisecond like one of a second;
+    a step that lies far off was disturbed, and pulls no harder for lying farther (`_softened`).
     """
     steps = [step for step, _ in timed]
     measured = np.log([seconds for _, seconds in timed])
@@ -488,9 +489,15 @@ def fit(timed: Sequence[tuple[Step, float]], gpu: GpuSpec, start: Reached) -> Re
 
     def residual(x: Floats) -> Floats:
         law = np.log(predicted(steps, replace(gpu, reached=reached(x))))
-        return np.concatenate([(law - measured) / STEP_SIGMA, (x - first) / sigma])
+        return np.concatenate([_softened((law - measured) / STEP_SIGMA), (x - first) / sigma])
 
     return reached(_least(residual, first))
+
+
+def _softened(residual: Floats) -> Floats:
+    """What squares to the pseudo-Huber loss: quadratic near zero, linear far from it."""
+    loss: Floats = np.sign(residual) * np.sqrt(2 * (np.hypot(1, residual) - 1))
+    return loss
 
 
 def _least(residual: Callable[[Floats], Floats], x: Floats) -> Floats:

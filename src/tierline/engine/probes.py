@@ -25,7 +25,7 @@ import torch
 from tierline.base.errors import DependencyError
 from tierline.catalog.model import ModelSpec
 from tierline.catalog.models import model_from_config
-from tierline.engine import native_attention
+from tierline.engine import machine, native_attention
 from tierline.engine.arena import Arena, Geometry, geometry
 from tierline.engine.attention import Version, gathered
 from tierline.engine.batch import Batch
@@ -211,30 +211,38 @@ def memory_probes(sizes: Sizes, device: torch.device) -> list[Probe]:
     elements = sizes.read_bytes // 4
     data = torch.ones(elements, device=device)
     size = float(sizes.read_bytes)
-    probes = [Probe(name="read", run=finished(data.sum, device), work=size)]
     if device.type == "cpu":
-        threads = torch.get_num_threads()
-
-        def alone() -> None:
-            torch.set_num_threads(1)
-            try:
-                data.sum()
-            finally:
-                torch.set_num_threads(threads)
-
         copied = torch.ones(elements)
         return [
-            *probes,
-            Probe(name="read, one thread", run=alone, work=size),
-            Probe(name="copy", run=lambda: copied.copy_(data), work=size),
+            Probe(name="read", run=_threaded(data.sum, machine.cores()), work=size),
+            Probe(name="read, one thread", run=_threaded(data.sum, 1), work=size),
+            Probe(
+                name="copy",
+                run=_threaded(lambda: copied.copy_(data), machine.cores()),
+                work=size,
+            ),
         ]
     host = torch.ones(elements // 4).pin_memory()
     part = data[: elements // 4]
     return [
-        *probes,
+        Probe(name="read", run=finished(data.sum, device), work=size),
         Probe(name="copy", run=finished(lambda: part.copy_(host), device), work=size / 4),
         Probe(name="copy back", run=finished(lambda: host.copy_(part), device), work=size / 4),
     ]
+
+
+def _threaded(run: Callable[[], object], threads: int) -> Callable[[], object]:
+    """`run` on so many of torch's threads; an engine may have set another number."""
+
+    def counted() -> None:
+        before = torch.get_num_threads()
+        torch.set_num_threads(threads)
+        try:
+            run()
+        finally:
+            torch.set_num_threads(before)
+
+    return counted
 
 
 def product_name(dtype: torch.dtype, rows: int) -> str:
