@@ -22,3 +22,10 @@ def data_dir() -> Path:
             pytest.fail(message)
         pytest.skip(message)
     return folder
+
+
+@pytest.fixture(scope="session")
+def kernels_folder(request: pytest.FixtureRequest) -> Path:
+    """Where native kernels are kept between runs: a build is named by what went into it."""
+    assert request.config.cache is not None
+    return Path(request.config.cache.mkdir("kernels"))

@@ -9,9 +9,10 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tokenizers import Tokenizer
 
 from engines import answers, finish, generate, greedy, tiny_engine
-from tierline.base.errors import DoesNotFitError, InputError, RequestError
+from tierline.base.errors import DoesNotFitError, InputError, RequestError, SpecError
 from tierline.engine.engine import Engine
 from tierline.engine.executor import Executor
 from tierline.engine.sampling import SamplingParams
@@ -170,6 +171,24 @@ def test_a_fork_that_copies_nothing_is_noticed(checkpoint, monkeypatch):
     assert said() != right
 
 
+# The native step
+
+
+@pytest.mark.parametrize("architecture", ["qwen2", "gemma3", "qwen3_moe", "deepseek_v2"])
+def test_native_kernels_change_no_token_either(tmp_path, kernels_folder, listed, architecture):
+    path = tiny_checkpoint(architecture, tmp_path)
+    said = alone(path, listed)
+    options: dict[str, Any] = {"kernels": "native", "kernels_folder": kernels_folder}
+    kv_bytes = {"gemma3": 260_000, "deepseek_v2": 60_000, "qwen3_moe": 90_000}.get(architecture)
+    tight = tiny_engine(
+        path, kv_bytes=kv_bytes or 120_000, batch_tokens=24, policy="fcfs", **options
+    )
+
+    assert generate(tight, listed, greedy(TOKENS)) == said
+    assert tight.scheduler.preemptions > 0
+    assert "native" in tight.facts.kernels
+
+
 # Ends
 
 
@@ -233,6 +252,16 @@ def test_what_cannot_be_served_is_said(checkpoint, prompt, fields, what):
         engine.add(prompt, SamplingParams(**fields))
     assert engine.idle
     engine.require_idle()
+
+
+def test_a_tokenizer_of_another_model_is_refused(tmp_path):
+    path = tiny_checkpoint("llama", tmp_path)
+    tokenizer = Tokenizer.from_file(str(path / "tokenizer.json"))
+    tokenizer.add_tokens(["one more"])
+    tokenizer.save(str(path / "tokenizer.json"))
+
+    with pytest.raises(SpecError, match="knows 265 tokens, its network 264"):
+        tiny_engine(path)
 
 
 def test_what_never_fits_is_refused(checkpoint):

@@ -328,7 +328,7 @@ def _qwen3_moe(fields: Fields) -> Parts:
         fields,
         layers=sparse,
         hidden=heads.hidden,
-        experts="num_experts",
+        experts="num_experts" if fields.has("num_experts") else "num_local_experts",
         size="moe_intermediate_size",
     )
     return Parts(

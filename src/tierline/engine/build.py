@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 
-from tierline.base.errors import DoesNotFitError, InputError
+from tierline.base.errors import DoesNotFitError, InputError, SpecError
 from tierline.base.names import lookup
 from tierline.catalog.gpu import GpuSpec
 from tierline.catalog.models import model_from_config
@@ -82,6 +82,8 @@ def open_engine(
 ) -> Engine:
     """An engine for the checkpoint at `path`.
 
+    Where native kernels serve, torch is told to use one thread from now on.
+
     Raises `SpecError` for a checkpoint that is damaged, unknown or not what its config says,
     and `DoesNotFitError` when weights or cache do not fit; both before weights are loaded.
     """
@@ -92,7 +94,7 @@ def open_engine(
     checkpoint.require({names(ours): shape for ours, shape in weight_shapes(decoder).items()})
     device, dtype = _device(options.device), _dtype(options.dtype, checkpoint)
     checkpoint.require_fits(memory_available_bytes(device), dtype=dtype)
-    tokenizer = _tokenizer(checkpoint)
+    tokenizer = _tokenizer(checkpoint, decoder)
     network, kernels, weight_bytes = _network(
         decoder, checkpoint, options, dtype=dtype, device=device
     )
@@ -151,11 +153,18 @@ def _dtype(name: str, checkpoint: Checkpoint) -> torch.dtype:
     return stored if stored in (torch.bfloat16, torch.float16) else torch.bfloat16
 
 
-def _tokenizer(checkpoint: Checkpoint) -> Tokenizer | None:
+def _tokenizer(checkpoint: Checkpoint, decoder: Decoder) -> Tokenizer | None:
     """The checkpoint's tokenizer; None: it has none, and prompts come as token ids."""
     if checkpoint.path.is_dir() and not (checkpoint.path / "tokenizer.json").is_file():
         return None
-    return load_tokenizer(checkpoint)
+    tokenizer = load_tokenizer(checkpoint)
+    if tokenizer.vocabulary_size > decoder.vocabulary:
+        raise SpecError(
+            f"the tokenizer of {checkpoint.name!r} knows {tokenizer.vocabulary_size} tokens, "
+            f"its network {decoder.vocabulary}",
+            hint="they are not of the same model; take both from one checkpoint",
+        )
+    return tokenizer
 
 
 def _network(
@@ -184,6 +193,7 @@ def _network(
         return plain, f"{told} ({loaded})", _plain_bytes(decoder, dtype)
     reason = native_supports(decoder, dtype)
     if reason is None:
+        torch.set_num_threads(1)  # its idle workers would spin on the cores that the step needs
         network = NativeNetwork(
             decoder,
             weights,

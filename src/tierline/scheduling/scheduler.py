@@ -197,6 +197,10 @@ class Scheduler:
         Raises `DoesNotFitError` for a request that could never run here.
         """
         self.require_fit(sequence)
+        if self._windows and sequence.chain is not None:
+            tokens = sequence.prompt_tokens + sequence.output_max_tokens
+            if -(-tokens // self._block) * self._block_pages > self.pages.total:
+                sequence.chain = None  # cached blocks keep all groups: it could fill the memory
         self.place(sequence)
         if self._fair is not None:
             self._fair.charge(sequence.tenant, sequence.prompt_tokens + sequence.output_max_tokens)
@@ -359,8 +363,7 @@ class Scheduler:
         """Raise `DoesNotFitError` for a request that could never run here."""
         if sequence.adapter and self.adapters is not None:
             self.adapters.require(sequence.adapter)
-        tokens = sequence.prompt_tokens + sequence.output_max_tokens
-        needed = self._held_pages(tokens, 0)
+        needed = self._most_pages(sequence)
         if needed > self.pages.total:
             page_bytes = self.layout.page_bytes
             raise DoesNotFitError(
@@ -369,6 +372,19 @@ class Scheduler:
                 available_bytes=self.pages.total * page_bytes,
                 hint="shorten the prompt, or serve with more KV memory",
             )
+
+    def _most_pages(self, s: Sequence) -> int:
+        """Pages that suffice to bring `s` to its end when nobody else is here.
+
+        What windows have passed is given back only after a chunk is computed.
+        """
+        tokens = s.prompt_tokens + s.output_max_tokens
+        held = self._held_pages(tokens, 0)
+        if not self._windows:
+            return held
+        chunk = min(self.limits.chunk_tokens, self.limits.batch_tokens)
+        whole = -(-tokens // self._block) * self._block_pages + self.layout.state_pages
+        return min(whole, held + -(-chunk // self._block) * self._block_pages)
 
     def _debt_ps(self, sequence: Sequence) -> int:
         """What a tenant above its share falls back by: fixed now, so that heaps stay sorted.
