@@ -4,18 +4,26 @@
     for answer in llm.generate(["The capital of France is"], SamplingParams(max_tokens=20)):
         print(answer.outputs[0].text)
 
-All prompts of a call share the engine, so they are batched and share prefixes.  One thread at
-a time: a server uses `async_engine`.
+All prompts of a call share the engine, so they are batched and share prefixes; streams may be
+read in turns.  One thread at a time: a server uses `async_engine`.
+
+Ctrl-C takes effect between steps: after half a step the books of the engine would be wrong.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+import operator
+import signal
+import threading
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, fields
 from datetime import datetime
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from tierline.base.clock import PS_PER_S
-from tierline.base.errors import InputError
+from tierline.base.errors import InputError, RequestError
 from tierline.base.names import reject_unknown_keys
 from tierline.base.progress import progress_bar
 from tierline.engine.build import EngineOptions, open_engine
@@ -52,6 +60,14 @@ class Answer:
     total_s: float = 0.0
 
 
+@dataclass(slots=True)
+class _Open:
+    """A request in the engine: who is told of it, and how many of its answers go on."""
+
+    tell: Callable[[Delta], None]
+    left: int
+
+
 class LLM:
     """A model, ready to answer."""
 
@@ -63,6 +79,7 @@ class LLM:
         options.setdefault("kernels_folder", models_folder().parent / "kernels")
         self.engine: Engine = open_engine(resolve_model(str(model)), EngineOptions(**options))
         self.tokenizer = self.engine.tokenizer
+        self._open: dict[int, _Open] = {}
 
     @property
     def facts(self) -> Facts:
@@ -72,7 +89,7 @@ class LLM:
     def encode(self, prompt: Prompt) -> list[int]:
         """The tokens of a prompt, as the model wants to see it begin."""
         if not isinstance(prompt, str):
-            return list(prompt)
+            return _token_ids(prompt)
         if self.tokenizer is None:
             raise InputError(
                 "this checkpoint has no tokenizer",
@@ -98,26 +115,37 @@ class LLM:
         start_ps = self.engine.clock.now_ps()
         answers: dict[int, Answer] = {}
         try:
-            for tokens, own in zip(encoded, each, strict=True):
-                outputs = [Output(index=i) for i in range(own.n)]
-                answers[self.engine.add(tokens, own)] = Answer(
-                    prompt_token_ids=tokens, outputs=outputs
-                )
+            with _undivided():
+                for tokens, own in zip(encoded, each, strict=True):
+                    outputs = [Output(index=i) for i in range(own.n)]
+                    answer = Answer(prompt_token_ids=tokens, outputs=outputs)
+                    answers[self._add(tokens, own, partial(_extend, answer, start_ps))] = answer
             with progress_bar(len(listed), what="answers", show=progress) as done:
-                self._run(answers, start_ps, done)
+                left = answers.keys() & self._open
+                while left:
+                    self._step()
+                    before, left = left, left & self._open.keys()
+                    if done is not None:
+                        done(len(before) - len(left))
         finally:  # an error or Ctrl-C leaves nobody in the engine
-            for request_id in answers:
-                self.engine.cancel(request_id)
+            self._leave(answers)
         return list(answers.values())
 
     def stream(self, prompt: Prompt, params: SamplingParams | None = None) -> Iterator[Delta]:
         """What each step adds to the answer; leaving the loop early cancels it."""
-        request_id = self.engine.add(self.encode(prompt), params or SamplingParams())
+        tokens, (own,) = self.encode(prompt), _params(params, 1)
+        coming: deque[Delta] = deque()
+        added: list[int] = []
         try:
-            while not self.engine.idle:
-                yield from (d for d in self.engine.step() if d.request_id == request_id)
+            with _undivided():
+                added.append(self._add(tokens, own, coming.append))
+            while coming or added[0] in self._open:
+                if coming:
+                    yield coming.popleft()
+                else:
+                    self._step()
         finally:
-            self.engine.cancel(request_id)
+            self._leave(added)
 
     def chat(
         self,
@@ -139,16 +167,47 @@ class LLM:
             )
         return self.engine.chat.encode(messages, tools=tools, now=datetime.now())
 
-    def _run(self, answers: Mapping[int, Answer], start_ps: int, done: Any) -> None:
-        left = {request_id: len(answer.outputs) for request_id, answer in answers.items()}
-        while any(left.values()):
+    def _add(
+        self, tokens: Sequence[int], params: SamplingParams, tell: Callable[[Delta], None]
+    ) -> int:
+        request_id = self.engine.add(tokens, params)
+        self._open[request_id] = _Open(tell, params.n)
+        return request_id
+
+    def _step(self) -> None:
+        """One step for everybody who is here; each is told of its own."""
+        with _undivided():
+            assert not self.engine.idle, "somebody else took the requests out of the engine"
             for delta in self.engine.step():
-                answer = answers[delta.request_id]
-                _extend(answer, delta, start_ps)
-                if delta.finish_reason is not None:
-                    left[delta.request_id] -= 1
-                    if done is not None and not left[delta.request_id]:
-                        done(1)
+                request = self._open[delta.request_id]
+                request.tell(delta)
+                request.left -= delta.finish_reason is not None
+                if not request.left:
+                    del self._open[delta.request_id]
+
+    def _leave(self, request_ids: Iterable[int]) -> None:
+        """What has not ended is not wanted any more."""
+        with _undivided():
+            for request_id in request_ids:
+                if self._open.pop(request_id, None) is not None:
+                    self.engine.cancel(request_id)
+
+
+@contextmanager
+def _undivided() -> Iterator[None]:
+    """Ctrl-C waits for the end of the block."""
+    handler = signal.getsignal(signal.SIGINT)
+    if threading.current_thread() is not threading.main_thread() or not callable(handler):
+        yield
+        return
+    pressed: list[Any] = []
+    signal.signal(signal.SIGINT, lambda *seen: pressed.append(seen))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, handler)
+        if pressed:
+            handler(*pressed[-1])
 
 
 class Tally:
@@ -213,7 +272,7 @@ class Tally:
         )
 
 
-def _extend(answer: Answer, delta: Delta, start_ps: int) -> None:
+def _extend(answer: Answer, start_ps: int, delta: Delta) -> None:
     output = answer.outputs[delta.index]
     output.text += delta.text
     output.token_ids += delta.token_ids
@@ -228,10 +287,34 @@ def _extend(answer: Answer, delta: Delta, start_ps: int) -> None:
 def _prompts(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
     if isinstance(prompts, str):
         return [prompts]
-    listed = list(prompts)
-    if listed and all(isinstance(token, int) for token in listed):
-        return [listed]  # type: ignore[list-item]
-    return listed  # type: ignore[return-value]
+    listed = _listed(prompts)
+    return [listed] if listed and all(map(_is_token, listed)) else listed
+
+
+def _token_ids(prompt: Iterable[Any]) -> list[int]:
+    listed = _listed(prompt)
+    try:
+        return [operator.index(token) for token in listed]  # also of numpy and torch
+    except TypeError:
+        raise _no_prompt(prompt) from None
+
+
+def _listed(items: Any) -> list[Any]:
+    if isinstance(items, (bytes, Mapping)) or not isinstance(items, Iterable):
+        raise _no_prompt(items)
+    return list(items)
+
+
+def _is_token(item: Any) -> bool:
+    """Whether it is one whole number; arrays of one number are lists."""
+    return hasattr(item, "__index__") and not getattr(item, "shape", ())
+
+
+def _no_prompt(found: Any) -> RequestError:
+    return RequestError(
+        f"a prompt is text or a list of token ids; found {type(found).__name__} {found!r:.40}",
+        hint="give a text, a list of ids, or a list of these",
+    )
 
 
 def _params(
@@ -239,8 +322,10 @@ def _params(
 ) -> list[SamplingParams]:
     if params is None:
         params = SamplingParams()
-    if isinstance(params, SamplingParams):
-        return [params] * count
-    if len(params) != count:
-        raise InputError(f"{len(params)} sampling parameters for {count} prompts")
-    return list(params)
+    each = [params] * count if isinstance(params, SamplingParams) else list(params)
+    for own in each:
+        if not isinstance(own, SamplingParams):
+            raise InputError(f"params are SamplingParams; found {type(own).__name__} {own!r:.40}")
+    if len(each) != count:
+        raise InputError(f"{len(each)} sampling parameters for {count} prompts")
+    return each
