@@ -50,6 +50,22 @@ def write(
         tl.store(slot + cache_value + element, value, mask=real)
 
 
+@triton.jit
+def _take_in(best, weight, total, scores, value):
+    """More keys for a softmax that is under way (online softmax, arXiv 1805.02867).
+
+    `total` is the sum of values weighted by 2^(score - best), `weight` that of the weights.
+    """
+    better = tl.maximum(best, tl.max(scores, 1))
+    base = tl.where(better == float("-inf"), 0.0, better)  # nothing seen so far
+    p = tl.exp2(scores - base[:, None])
+    fade = tl.exp2(best - base)
+    weight = weight * fade + tl.sum(p, 1)
+    total = total * fade[:, None]
+    total += tl.dot(p.to(value.dtype), value, input_precision="ieee")
+    return better, weight, total
+
+
 @triton.jit(do_not_specialize=("table_row", "part"))
 def attend(
     q,
@@ -140,19 +156,12 @@ def attend(
             seen = seen & (distance < window)
         scores = tl.dot(query, key, input_precision="ieee") * scale
         scores = tl.where(seen, scores, float("-inf"))
-        better = tl.maximum(best, tl.max(scores, 1))
-        base = tl.where(better == float("-inf"), 0.0, better)  # nothing seen so far
-        p = tl.exp2(scores - base[:, None])
-        fade = tl.exp2(best - base)
         value = tl.load(
             cache + cache_value + slot[:, None] + element[None, :],
             mask=held[:, None] & (element < value_dim)[None, :],
             other=0.0,
         )
-        weight = weight * fade + tl.sum(p, 1)
-        total = total * fade[:, None]
-        total += tl.dot(p.to(value.dtype), value, input_precision="ieee")
-        best = better
+        best, weight, total = _take_in(best, weight, total, scores, value)
 
     kv_heads = tl.num_programs(1) // shares
     wanted = real[:, None] & (element < value_dim)[None, :]
