@@ -188,7 +188,11 @@ def machine_of(reached: Reached) -> GpuSpec:
 
 START = replace(
     machine.CPU_REACHED,
-    memory=1.0, cache=0.6, attention=0.5, layer_us=10.0, step_us=200.0,
+    memory=1.0,
+    cache=0.6,
+    attention=0.5,
+    layer_us=10.0,
+    step_us=200.0,
     prompt_us=1.0,
     prompt_layer_us=1.0,
 )
@@ -262,6 +266,9 @@ def test_an_entry_says_what_was_measured_and_how() -> None:
     gpu, compared = make_entry(*planted(), **FACTS)
 
     assert gpu.memory_bytes_per_s == pytest.approx(34e9, rel=1e-3)
+    assert gpu.reached is not None
+    assert set(gpu.reached.dense) == {"bf16", "fp32"}
+    assert gpu.reached.dense["fp32"] / gpu.reached.dense["bf16"] == pytest.approx(2 / 7, rel=0.01)
     assert gpu.flops_per_s["bf16"] == pytest.approx(0.7e12, rel=1e-3)
     assert (gpu.nvme.read_bytes_per_s, gpu.nvme.write_bytes_per_s) == (2e9, 1e9)
     assert gpu.nvme.capacity_bytes == 50_000_000_000
@@ -270,6 +277,28 @@ def test_an_entry_says_what_was_measured_and_how() -> None:
         assert "20 samples, spread 5 %" in source
     assert gpu.price.typical_usd is None
     assert [c.ratio for c in compared] == pytest.approx([1.0] * 4, abs=0.05)
+
+
+def test_products_may_read_faster_than_a_sum() -> None:
+    found, took = planted()
+    took = {**took, "bf16 x 1": replace(took["bf16 x 1"], seconds=0.005)}
+    gpu, _ = make_entry(found, took, **FACTS)
+
+    assert gpu.memory_bytes_per_s == pytest.approx(60e9, rel=1e-3)
+    assert "bf16 x 1, 2 threads" in gpu.sources["memory_gb_per_s"]
+
+
+def test_blocks_of_gguf_have_prices_where_they_were_timed() -> None:
+    found, took = planted()
+    found += [Probe(name=f"Q4_1 x {rows}", run=int, work=1e9) for rows in (1, 1024)]
+    took = {"Q4_1 x 1": took["read"], "Q4_1 x 1024": replace(took["read"], seconds=1 / 350), **took}
+    gpu, _ = make_entry(found, took, **FACTS)
+
+    assert gpu.reached is not None
+    dense = gpu.reached.dense
+    assert dense["int4-g32"] / dense["bf16"] == pytest.approx(0.5, rel=0.01)
+    assert supports(gpu, WEIGHT_FORMATS["int4-g32"]) is None
+    assert supports(gpu, WEIGHT_FORMATS["int8-g128"]) is not None
 
 
 def test_a_law_that_is_wrong_here_shows_it() -> None:

@@ -343,7 +343,7 @@ def gpus(args: argparse.Namespace) -> int:
         price = "unknown" if row["usd_per_hour"] is None else f"{row['usd_per_hour']:.2f}"
         print(
             f"{row['name']:<16}{row['memory_gb']:>6.0f} GB{row['memory_tb_per_s']:>6.2f} TB/s"
-            f"{rates['bf16']:>9,.0f}{_cell(rates.get('fp8')):>8}{_cell(rates.get('fp4')):>8}"
+            f"{_cell(rates['bf16']):>9}{_cell(rates.get('fp8')):>8}{_cell(rates.get('fp4')):>8}"
             f"{price:>8}  {row['price_as_of']}"
         )
     if args.name:
@@ -435,7 +435,9 @@ def _gpu_row(gpu: Any) -> dict[str, Any]:
 
 
 def _cell(value: float | None) -> str:
-    return "-" if value is None else f"{value:,.0f}"
+    if value is None:
+        return "-"
+    return f"{value:,.0f}" if value >= 1 else f"{value:.2g}"
 
 
 def _json(value: Any) -> str:

@@ -42,7 +42,7 @@ class Reached:
 
     memory: float  # of the memory rate, reading weights
     cache: float  # of the memory rate, reading KV
-    dense: Mapping[str, float]  # of the bf16 rate, by weight format: bf16, fp32
+    dense: Mapping[str, float]  # of the bf16 rate, by weight format
     attention: float  # of the bf16 rate, scoring prompt tokens
     layer_us: float  # fixed time of one layer
     step_us: float  # of one step

@@ -43,6 +43,7 @@ from tierline.engine.native import Kernels
 from tierline.engine.probes import (
     CPU_SIZES,
     DEVICE_SIZES,
+    FORMATS,
     Disk,
     EngineSteps,
     Probe,
@@ -52,7 +53,6 @@ from tierline.engine.probes import (
     memory_probes,
     network_probes,
     open_probed,
-    product_name,
     product_probes,
     write_random,
 )
@@ -248,23 +248,23 @@ def _probes(
     for name, config in sizes.networks.items():
         path = write_random(config, folder / name)
         most = sum(s[0] * (s[1] + 16) + s[2] + s[3] for s in sizes.steps)
-        engine, spec = open_probed(
+        engine, empty = open_probed(
             path, device=device, kernels_folder=kernels_folder, cached_tokens=most
         )
         shutil.rmtree(path)  # read: nothing is left for the kernel to write while the disk is timed
-        probes += network_probes(engine, spec, sizes.steps)
+        probes += network_probes(engine, empty, sizes.steps)
         facts = engine.facts.kernels
     host = write_random(sizes.host, folder / "host")
     compared = model or write_random(sizes.compared, folder / "smollm2-135m")
     prompts = sizes.compared_prompts
     most = max(sizes.compared_decodes) * 2048 + sum(prompts)
     for path, wanted in ((host, ()), (compared, prompts)):
-        engine, spec = open_probed(
+        engine, empty = open_probed(
             path, device=device, kernels_folder=kernels_folder, cached_tokens=most
         )
         if path is not model:
             shutil.rmtree(path)
-        steps = EngineSteps(engine, spec, cached_tokens=DECODE_CACHED_TOKENS)
+        steps = EngineSteps(engine, empty, cached_tokens=DECODE_CACHED_TOKENS)
         probes += steps.probes(sizes.compared_decodes, wanted, compared=path is compared)
     return probes, facts
 
@@ -341,21 +341,23 @@ def entry(
     """The entry that these figures make, and the steps that were kept to compare with."""
     rates = {p.name: p.work / figures[p.name].seconds for p in probes if p.work}
     by = f"measured {today} by tierline calibrate"
-    products = [p.name for p in probes if p.name.startswith(("bf16 x", "fp32 x"))]
+    products = [name for name in rates if name.split(" x ")[0] in FORMATS]
     fastest = max((n for n in products if n.startswith("bf16")), key=lambda n: rates[n])
+    # A product of one row does a FLOP for every byte that it reads, and may well read faster.
+    reader = max(("read", "bf16 x 1"), key=lambda n: rates[n])
     gpu = machine.machine(
         name=name,
         title=title,
         vendor=vendor,
         memory_bytes=memory_bytes,
-        memory_bytes_per_s=rates["read"],
+        memory_bytes_per_s=rates[reader],
         flops_per_s=rates[fastest],
         host=_host_tier(rates, figures, host_bytes, by),
         nvme=_disk_tier(rates, figures, disk_bytes, f"{by}, {disk_how}"),
         reached=None,
         sources={
             "memory_gb": f"read {today} by tierline calibrate from the operating system",
-            "memory_gb_per_s": f"{by}: read by {threads} threads, {figures['read']}"
+            "memory_gb_per_s": f"{by}: {reader}, {threads} threads, {figures[reader]}"
             + _alone(rates, figures),
             "tflops": f"{by}: {fastest} rows, {figures[fastest]}; all in GFLOPS: "
             + ", ".join(f"{p} {_short(rates[p] / 1e9)}" for p in products),
@@ -422,13 +424,17 @@ def _disk_tier(
 def _start(rates: Mapping[str, float], gpu: GpuSpec) -> Reached:
     """What the pieces say by themselves: where the fit begins."""
     peak = gpu.flops_per_s["bf16"]
-    many = max(int(name.split()[-1]) for name in rates if name.startswith("fp32 x"))
-    wide = rates[product_name(torch.float32, many)]
+    many = max(int(name.split(" x ")[1]) for name in rates if name.startswith("bf16 x "))
+    dense = {
+        fmt: 0.8 * rates[f"{kind} x {many}"] / rates[f"bf16 x {many}"]
+        for kind, fmt in FORMATS.items()
+        if f"{kind} x {many}" in rates
+    }
     return replace(
         machine.CPU_REACHED,
-        memory=min(_weights_read(rates) / gpu.memory_bytes_per_s, 1.0),
-        cache=min(rates["attention, decode"] / gpu.memory_bytes_per_s, 1.0),
-        dense={"bf16": 0.8, "fp32": 0.8 * min(wide / peak, 1.0)},
+        memory=rates["bf16 x 1"] / gpu.memory_bytes_per_s,
+        cache=rates["attention, decode"] / gpu.memory_bytes_per_s,
+        dense=dense,
         attention=rates["attention, prompt"] / peak,
         layer_us=10.0,
         step_us=200.0,
@@ -436,11 +442,6 @@ def _start(rates: Mapping[str, float], gpu: GpuSpec) -> Reached:
         prompt_us=1.0,
         prompt_layer_us=1.0,
     )
-
-
-def _weights_read(rates: Mapping[str, float]) -> float:
-    """Bytes of bf16 weights that a product of one row reads in a second: one for each FLOP."""
-    return rates[product_name(torch.bfloat16, 1)]
 
 
 # --- the fit --------------------------------------------------------------------------------
@@ -453,9 +454,9 @@ def predicted(steps: Sequence[Step], gpu: GpuSpec) -> list[float]:
     """What the step law says on `gpu`, in seconds."""
     assert gpu.reached is not None
     bare = replace(gpu.reached, step_us=0.0, sequence_us=0.0)
-    layout = Layout(weights="bf16", kv="bf16")
     seconds: list[float] = []
-    for model, of_model in groupby(steps, key=lambda step: step.model):
+    for (model, weights), of_model in groupby(steps, key=lambda s: (s.model, s.weights)):
+        layout = Layout(weights=weights, kv="bf16")
         whole = StepCost(model, gpu, layout)
         alone = StepCost(model, replace(gpu, reached=bare), layout)
         for step in of_model:
@@ -475,7 +476,7 @@ def fit(timed: Sequence[tuple[Step, float]], gpu: GpuSpec, start: Reached) -> Re
     """
     steps = [step for step, _ in timed]
     measured = np.log([seconds for _, seconds in timed])
-    fp32 = start.dense["fp32"] / start.dense["bf16"]
+    beside = {fmt: share / start.dense["bf16"] for fmt, share in start.dense.items()}
     values = (*(getattr(start, key) for key in (*SHARES, *FIXED)), start.dense["bf16"])
     assert min(values) > 0
     first = np.log(np.array(values, dtype=np.float64))
@@ -485,7 +486,7 @@ def fit(timed: Sequence[tuple[Step, float]], gpu: GpuSpec, start: Reached) -> Re
     def reached(x: Floats) -> Reached:
         *named, dense = np.exp(x).tolist()
         shares = dict(zip((*SHARES, *FIXED), named, strict=True))
-        return replace(start, dense={"bf16": dense, "fp32": dense * fp32}, **shares)
+        return replace(start, dense={fmt: dense * r for fmt, r in beside.items()}, **shares)
 
     def residual(x: Floats) -> Floats:
         law = np.log(predicted(steps, replace(gpu, reached=reached(x))))

@@ -15,7 +15,7 @@ import os
 import random
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -34,10 +34,14 @@ from tierline.engine.checkpoint import open_checkpoint
 from tierline.engine.decoder import Attention
 from tierline.engine.engine import Engine
 from tierline.engine.models import decoder_of
-from tierline.engine.native import Kernels
+from tierline.engine.native import _BLOCK_BYTES as BLOCK_BYTES
+from tierline.engine.native import GGUF_TYPES, Kernels, Stored
 from tierline.engine.network import Linear, weight_shapes
 from tierline.engine.sampling import SamplingParams
 
+# The law's formats for what products are timed with; blocks of GGUF go by the nearest in size.
+FORMATS = {"bf16": "bf16", "fp32": "fp32", "Q8_0": "int8-g128", "Q4_1": "int4-g32"}
+STORED = {**FORMATS, "Q4_0": "int4-g32"}
 BLOCK_TOKENS = 16
 RANDOM_ELEMENTS = 1 << 20  # that weights repeat
 OUTPUT_TOKENS = 1024  # that a decoding sequence may still make
@@ -53,6 +57,7 @@ class Step:
     """A step as the law sees it: who decodes, who computes a prompt, on which network."""
 
     model: ModelSpec
+    weights: str = "bf16"  # the law's format
     decodes: int = 0
     context_tokens: int = 0  # cached by each decoding sequence
     prompt_tokens: int = 0
@@ -245,32 +250,43 @@ def _threaded(run: Callable[[], object], threads: int) -> Callable[[], object]:
     return counted
 
 
-def product_name(dtype: torch.dtype, rows: int) -> str:
-    """What the probe of a product is called."""
-    return f"{'fp32' if dtype == torch.float32 else 'bf16'} x {rows}"
-
-
 def product_probes(sizes: Sizes, device: torch.device, kernels: Kernels | None) -> list[Probe]:
-    """Products with the weights of one matrix, of few rows and of many, in both types."""
+    """Products with the weights of one matrix, of few rows and of many, for every type of
+    weights that is served as it is stored: `FORMATS`, of which GGUF's need native kernels."""
     probes = []
-    for dtype in (torch.bfloat16, torch.float32):
+    for kind in FORMATS:
+        if kind in GGUF_TYPES and kernels is None:
+            continue
+        dtype = torch.float32 if kind == "fp32" else torch.bfloat16
         for (n, k), rows_of in (
             (sizes.streamed, sizes.streamed_rows),
             (sizes.computed, sizes.computed_rows),
         ):
-            weight = repeated((n, k), dtype).to(device)
-            product = kernels.pack([weight]) if kernels else Linear(weight, None)
+            product = _product(kind, (n, k), device, kernels)
             for rows in rows_of:
                 x = repeated((rows, k), dtype).to(device)
                 probes.append(
                     Probe(
-                        name=product_name(dtype, rows),
+                        name=f"{kind} x {rows}",
                         run=finished(_bound(product, x), device),
                         work=2.0 * rows * n * k,
                         unit="FLOP",
                     )
                 )
     return probes
+
+
+def _product(
+    kind: str, shape: tuple[int, int], device: torch.device, kernels: Kernels | None
+) -> Callable[[torch.Tensor], torch.Tensor]:
+    """Products with one matrix; blocks of GGUF are all zero, which takes as long as any."""
+    if kind in GGUF_TYPES:
+        assert kernels is not None
+        n, k = shape
+        blocks = torch.zeros((n, k // 32 * BLOCK_BYTES[kind]), dtype=torch.uint8)
+        return kernels.pack([Stored(kind, blocks)])
+    weight = repeated(shape, torch.float32 if kind == "fp32" else torch.bfloat16).to(device)
+    return kernels.pack([weight]) if kernels else Linear(weight, None)
 
 
 def _bound(function: Callable[[torch.Tensor], object], x: torch.Tensor) -> Callable[[], object]:
@@ -395,9 +411,11 @@ def write_random(config: Config, folder: Path) -> Path:
 
 def open_probed(
     path: Path, *, device: torch.device, kernels_folder: Path | None, cached_tokens: int
-) -> tuple[Engine, ModelSpec]:
-    """An engine with room for `cached_tokens`, and its model as the law sees it."""
-    config = open_checkpoint(path).config
+) -> tuple[Engine, Step]:
+    """An engine with room for `cached_tokens`, and a step without tokens: its model and weights
+    as the law sees them."""
+    checkpoint = open_checkpoint(path)
+    config = checkpoint.config
     model = model_from_config(config, name=path.stem, source=str(path))
     decoder = decoder_of(config)
     cut = geometry(decoder, block_tokens=BLOCK_TOKENS, element_bytes=2)
@@ -409,11 +427,14 @@ def open_probed(
         policy="fcfs",
         prefix_cache=False,
     )
-    return open_engine(path, options), model
+    engine = open_engine(path, options)
+    names = decoder.weight_names
+    kept = checkpoint.compact(names("layers.0.down")) if "native" in engine.facts.kernels else None
+    return engine, Step(model=model, weights=STORED[kept[0]] if kept else "bf16")
 
 
 def network_probes(
-    engine: Engine, model: ModelSpec, steps: Sequence[tuple[int, int, int, int]]
+    engine: Engine, empty: Step, steps: Sequence[tuple[int, int, int, int]]
 ) -> list[Probe]:
     """Steps of the network alone, on whatever lies in the cache."""
     executor = engine.executor
@@ -422,8 +443,8 @@ def network_probes(
     probes = []
     for decodes, cached, prompt, past in steps:
         batch = batch_of(arena.geometry, decodes=decodes, cached=cached, prompt=prompt, past=past)
-        step = Step(
-            model=model,
+        step = replace(
+            empty,
             decodes=decodes,
             context_tokens=cached,
             prompt_tokens=prompt,
@@ -445,8 +466,9 @@ def _computing(engine: Engine, batch: Batch) -> Callable[[], object]:
 class EngineSteps:
     """Whole steps of one engine: scheduled, computed, sampled, turned to text."""
 
-    def __init__(self, engine: Engine, model: ModelSpec, *, cached_tokens: int) -> None:
-        self.engine, self.model, self.cached_tokens = engine, model, cached_tokens
+    def __init__(self, engine: Engine, empty: Step, *, cached_tokens: int) -> None:
+        self.engine, self.cached_tokens = engine, cached_tokens
+        self._empty = replace(empty, whole=True)
         self._random = random.Random(0)
         self._added: list[int] = []
         self._running: list[int] = []
@@ -455,19 +477,15 @@ class EngineSteps:
         self, decodes: Sequence[int], prompts: Sequence[int], *, compared: bool
     ) -> list[Probe]:
         """Steps with so many decoding sequences, and with a prompt of so many tokens."""
+        empty = replace(self._empty, compared=compared)
         found = []
         for count in decodes:
-            step = Step(
-                model=self.model,
-                decodes=count,
-                context_tokens=self.cached_tokens,
-                whole=True,
-                compared=compared,
-            )
+            step = replace(empty, decodes=count, context_tokens=self.cached_tokens)
             found.append(self._probe(step, self._decode(count)))
-        for tokens in prompts:
-            step = Step(model=self.model, prompt_tokens=tokens, whole=True, compared=compared)
-            found.append(self._probe(step, self._prompt(tokens)))
+        found += [
+            self._probe(replace(empty, prompt_tokens=tokens), self._prompt(tokens))
+            for tokens in prompts
+        ]
         return found
 
     def _probe(self, step: Step, before: Callable[[], object]) -> Probe:
