@@ -295,7 +295,18 @@ def test_every_command_has_help_and_json() -> None:
     )
 
     assert set(commands.choices) == {
-        *("plan", "sim", "explain", "profile", "synthesize", "export", "accuracy", "models", "gpus")
+        *(
+            "plan",
+            "sim",
+            "explain",
+            "profile",
+            "synthesize",
+            "export",
+            "accuracy",
+            "models",
+            "gpus",
+        ),
+        *("run", "calibrate"),
     }
     for name, command in commands.choices.items():
         text = command.format_help()
