@@ -179,6 +179,7 @@ def _network(
     names = decoder.weight_names
 
     def weights(ours: str) -> torch.Tensor:
+        checkpoint.release()  # of what was read before: packed, it would count twice
         return checkpoint.tensor(names(ours))
 
     def compact(ours: str) -> tuple[str, torch.Tensor] | None:

@@ -5,6 +5,8 @@
 #include <algorithm>
 #include <cstdlib>
 #include <cstring>
+#include <mutex>
+#include <new>
 
 #include "convert.h"
 #include "gemm.h"
@@ -30,21 +32,69 @@ struct Buffer {
 
 }  // namespace
 
+namespace tl {
+namespace {
+
+// Matrices lie one behind the other in slabs of huge pages: read in order they are one stream,
+// and a small matrix does not take a huge page of its own.  A slab is freed with its last one.
+struct Slab {
+    size_t used, bytes;
+    int matrices;
+};
+constexpr size_t SLAB_BYTES = 32 << 20, LINE_BYTES = 64;
+
+std::mutex slabs_mutex;
+Slab* current = nullptr;
+
+size_t rounded(size_t bytes, size_t to) { return (bytes + to - 1) / to * to; }
+
+Slab* new_slab(size_t bytes) {
+    bytes = rounded(bytes, HUGE_PAGE);
+    void* data = std::aligned_alloc(HUGE_PAGE, bytes);
+    if (data == nullptr) return nullptr;
+#if defined(MADV_HUGEPAGE)
+    madvise(data, bytes, MADV_HUGEPAGE);
+#endif
+    return new (data) Slab{LINE_BYTES, bytes, 0};
+}
+
+// In front of every matrix lies a line that names its slab.
+void* weights_alloc(size_t bytes) {
+    const std::lock_guard<std::mutex> lock(slabs_mutex);
+    const size_t needed = LINE_BYTES + rounded(bytes, LINE_BYTES);
+    Slab* slab = current;
+    if (slab == nullptr || slab->used + needed > slab->bytes) {
+        slab = new_slab(std::max(SLAB_BYTES, LINE_BYTES + needed));
+        if (slab == nullptr) return nullptr;
+        current = slab;
+    }
+    char* place = reinterpret_cast<char*>(slab) + slab->used;
+    slab->used += needed;
+    slab->matrices += 1;
+    *reinterpret_cast<Slab**>(place) = slab;
+    return place + LINE_BYTES;
+}
+
+void weights_free(void* data) {
+    const std::lock_guard<std::mutex> lock(slabs_mutex);
+    Slab* slab = *reinterpret_cast<Slab**>(static_cast<char*>(data) - LINE_BYTES);
+    slab->matrices -= 1;
+    if (slab->matrices > 0) return;
+    if (slab == current) current = nullptr;
+    std::free(slab);
+}
+
+}  // namespace
+}  // namespace tl
+
 extern "C" {
 
 int tl_threads() { return tl::threads(); }
 void tl_set_threads(int count) { tl::set_threads(count); }
 
-// Memory for weights, aligned to huge pages; null when there is none left.
-void* tl_alloc(size_t bytes) {
-    bytes = (bytes + HUGE_PAGE - 1) / HUGE_PAGE * HUGE_PAGE;
-    void* data = std::aligned_alloc(HUGE_PAGE, bytes);
-#if defined(MADV_HUGEPAGE)
-    if (data != nullptr) madvise(data, bytes, MADV_HUGEPAGE);
-#endif
-    return data;
-}
-void tl_free(void* data) { std::free(data); }
+// Memory for weights, aligned to cache lines; null when there is none left.
+void* tl_alloc(size_t bytes) { return tl::weights_alloc(bytes); }
+void tl_free(void* data) { tl::weights_free(data); }
 
 size_t tl_packed_bytes(int type, int n, int k) { return tl::packed_bytes(type, n, k); }
 
