@@ -138,6 +138,7 @@ def llama(
 SMOLLM2_135M = llama(
     hidden=576, intermediate=1536, layers=30, heads=9, kv_heads=3, vocabulary=49152
 )
+# Of a prompt's rows the last layer's feed-forward sees one, so networks have many layers.
 CPU_SIZES = Sizes(
     read_bytes=256 << 20,
     streamed=(8192, 4096),
@@ -153,7 +154,7 @@ CPU_SIZES = Sizes(
             hidden=512, intermediate=1408, layers=24, heads=8, kv_heads=2, vocabulary=16384
         ),
         "wide": llama(
-            hidden=1536, intermediate=4096, layers=4, heads=12, kv_heads=2, vocabulary=8192
+            hidden=1024, intermediate=2816, layers=12, heads=8, kv_heads=2, vocabulary=8192
         ),
     },
     steps=(
