@@ -112,7 +112,7 @@ class Texts:
             tables=tuple(table[which] for table in self.tables),
             wanted=starts[1:] - 1 if last_only else np.arange(starts[-1], dtype=np.int32),
         )
-        logits = self.network.logits(batch, self.arena)
+        logits = self.network.logits(batch, self.arena).clone()
         if last_only:
             return list(logits.split(1))
         return list(logits.split(counts))
