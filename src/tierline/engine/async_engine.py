@@ -4,6 +4,11 @@ The engine thread computes steps for as long as anybody waits and sleeps otherwi
 and cancellations go to it through one queue, between steps; what a step added goes back to
 the loop in one call.  The thread never waits for a reader: a stream that nobody reads only
 fills its own queue, which is bounded by its request's tokens.
+
+When the thread ends, by `stop` or by a bug, everybody who waits is told, and whoever comes later.
+
+Invariants
+    INV-ENG-5  nobody waits for an engine that has ended
 """
 
 import asyncio
@@ -62,11 +67,12 @@ class AsyncEngine:
     def __init__(self, engine: Engine) -> None:
         self.engine = engine
         self._inbox: SimpleQueue[Command] = SimpleQueue()
-        self._streams: dict[int, Stream] = {}  # touched on the loop only
+        self._streams: dict[int, Stream] = {}  # touched on the loop only, as the next two are
+        self._entering: set[asyncio.Future[Stream]] = set()
+        self._ended: BaseException | None = None  # why nobody is served any more
         self._loop: asyncio.AbstractEventLoop | None = None
         self._thread = threading.Thread(target=self._serve, name="engine", daemon=True)
         self._stopping = False
-        self._failure: BaseException | None = None
 
     async def start(self) -> None:
         """Begin to serve, for the running event loop."""
@@ -74,16 +80,21 @@ class AsyncEngine:
         self._thread.start()
 
     async def stop(self) -> None:
-        """End after the step under way; streams that are open end with an error."""
+        """End after the step under way; who is still here is told, and holds nothing."""
         self._inbox.put(self._stop)
-        await asyncio.to_thread(self._thread.join)
-        self._fail(DependencyError("the engine was stopped"))
+        if self._thread.ident is not None:
+            await asyncio.to_thread(self._thread.join)
+        if self._ended is None:
+            for request_id in self._streams:  # the thread is gone: the engine is ours
+                self.engine.cancel(request_id)
+            self._end(DependencyError("the engine was stopped"))
 
     async def add(self, prompt: Sequence[int], params: SamplingParams, **service: Any) -> Stream:
         """Take a request in (`Engine.add`); raises what that raises."""
-        if self._failure is not None:
-            raise DependencyError(f"the engine has failed: {self._failure}")
+        if self._ended is not None:
+            raise _told(self._ended)
         entered: asyncio.Future[Stream] = asyncio.get_running_loop().create_future()
+        self._entering.add(entered)
         self._inbox.put(lambda: self._enter(entered, prompt, params, service))
         try:
             return await entered
@@ -91,10 +102,11 @@ class AsyncEngine:
             if entered.done() and not entered.cancelled() and entered.exception() is None:
                 entered.result().close()
             raise
+        finally:
+            self._entering.discard(entered)
 
     def cancel(self, request_id: int) -> None:
-        """Nobody wants the answers any more."""
-        self._streams.pop(request_id, None)
+        """Nobody wants the answers any more; who reads them sees them end."""
         self._inbox.put(lambda: self._deliver(self.engine.cancel(request_id)))
 
     # --- on the engine's thread -------------------------------------------------------------
@@ -107,8 +119,7 @@ class AsyncEngine:
                 if deltas:
                     self._deliver(deltas)
         except BaseException as error:  # our bug: nobody may wait for ever because of it
-            self._failure = error
-            self._call(self._fail, error)
+            self._call(self._end, error)
 
     def _obey(self) -> None:
         """Everything that was asked for since the last step; waits while there is nothing to do."""
@@ -143,8 +154,10 @@ class AsyncEngine:
 
     def _call(self, function: Callable[..., None], *arguments: Any) -> None:
         assert self._loop is not None
-        if not self._loop.is_closed():
+        try:
             self._loop.call_soon_threadsafe(function, *arguments)
+        except RuntimeError:  # the loop was closed without a stop: nobody is left
+            self._stopping = True
 
     # --- on the event loop ------------------------------------------------------------------
 
@@ -165,7 +178,21 @@ class AsyncEngine:
             if stream is not None and stream.push(delta):
                 del self._streams[delta.request_id]
 
-    def _fail(self, error: BaseException) -> None:
+    def _end(self, error: BaseException) -> None:
+        """The thread serves nobody any more (INV-ENG-5)."""
+        self._ended = error
+        for entered in self._entering:
+            if not entered.done():
+                entered.set_exception(_told(error))
         for stream in self._streams.values():
-            stream.push(error)
+            stream.push(_told(error))
         self._streams.clear()
+
+
+def _told(error: BaseException) -> BaseException:
+    """What one caller raises: an error of its own, with its own traceback."""
+    if isinstance(error, DependencyError):
+        return DependencyError(str(error))
+    told = DependencyError(f"the engine has failed: {type(error).__name__}: {error}")
+    told.__cause__ = error
+    return told
