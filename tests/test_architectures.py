@@ -195,11 +195,10 @@ def test_a_row_never_notices_its_companions(models: Callable[[str], Model], name
 
 @pytest.mark.parametrize("name", ["qwen2", "qwen3_moe", "mixtral", "deepseek_v2"])
 def test_native_kernels_under_torch_change_nothing(
-    models: Callable[[str], Model], name: str, request: pytest.FixtureRequest
+    models: Callable[[str], Model], name: str, kernels_folder: Path
 ) -> None:
     """Networks that the native step does not run use its products and its attention here."""
-    assert request.config.cache is not None
-    kernels = native.load(Path(request.config.cache.mkdir("kernels")))
+    kernels = native.load(kernels_folder)
     if isinstance(kernels, native.Missing):
         pytest.skip(kernels.reason)
     model = models(name)

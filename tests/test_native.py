@@ -28,9 +28,8 @@ TOLERANCE = 2e-6
 
 
 @pytest.fixture(scope="session", params=list(ISAS))
-def kernels(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Kernels:
-    folder = tmp_path_factory.getbasetemp().parent / "kernels"  # one build for all workers
-    loaded = native.load(folder, isa=request.param)
+def kernels(request: pytest.FixtureRequest, kernels_folder: Path) -> Kernels:
+    loaded = native.load(kernels_folder, isa=request.param)
     if isinstance(loaded, Missing):
         pytest.skip(loaded.reason)
     return loaded

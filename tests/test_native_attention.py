@@ -20,10 +20,8 @@ TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2e-2}
 
 
 @pytest.fixture(scope="module", params=sorted(native.ISAS))
-def kernels(request: pytest.FixtureRequest) -> native.Kernels:
-    assert request.config.cache is not None
-    folder = Path(request.config.cache.mkdir("kernels"))  # kept: a build is named by its sources
-    loaded = native.load(folder, isa=request.param)
+def kernels(request: pytest.FixtureRequest, kernels_folder: Path) -> native.Kernels:
+    loaded = native.load(kernels_folder, isa=request.param)
     if isinstance(loaded, native.Missing):
         assert "could not" not in loaded.reason, loaded.reason
         pytest.skip(loaded.reason)

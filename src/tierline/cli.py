@@ -255,7 +255,10 @@ def _converse(llm: Any, said: list[dict[str, str]], params: Any, args: argparse.
     while True:
         if sys.stdin.isatty():
             print("\n> ", end="", file=sys.stderr, flush=True)
-        line = sys.stdin.readline()
+        try:
+            line = sys.stdin.readline()
+        except UnicodeDecodeError as error:
+            raise InputError(f"what was typed is not valid text: {error}") from None
         if not line:
             return 0
         if line.strip():
@@ -299,13 +302,13 @@ def calibrate(args: argparse.Namespace) -> int:
     from datetime import date
 
     from tierline.catalog.gpus import own_folder, require_own_name
-    from tierline.engine.build import _device
+    from tierline.engine.build import device_named
     from tierline.engine.calibrate import calibrate as measure
     from tierline.engine.calibrate import require_writable, write_entry
     from tierline.engine.demo import models_folder, resolve_model
     from tierline.engine.machine import entry_name
 
-    device = _device(args.device)
+    device = device_named(args.device)
     output = Path(args.output) if args.output else None
     name = args.name or (output.stem if output else entry_name(device))
     path = output or own_folder() / f"{require_own_name(name)}.toml"
@@ -713,9 +716,20 @@ def _add_accuracy(commands: Any) -> None:
     )
 
 
+def _parsed(argv: Sequence[str] | None) -> argparse.Namespace:
+    """The arguments. Python before 3.13 does not see an optional PROMPT behind options."""
+    parser = build_parser()
+    args, left = parser.parse_known_args(argv)
+    if len(left) == 1 and not left[0].startswith("-") and getattr(args, "prompt", "") is None:
+        args.prompt = left.pop()
+    if left:
+        parser.error(f"unrecognized arguments: {' '.join(left)}")
+    return args
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; errors become a message, a hint and an exit code."""
-    args = build_parser().parse_args(argv)
+    args = _parsed(argv)
     run: Run = args.run
     try:
         return run(args)

@@ -92,7 +92,7 @@ def open_engine(
     decoder = decoder_of(checkpoint.config)
     names = decoder.weight_names
     checkpoint.require({names(ours): shape for ours, shape in weight_shapes(decoder).items()})
-    device, dtype = _device(options.device), _dtype(options.dtype, checkpoint)
+    device, dtype = device_named(options.device), _dtype(options.dtype, checkpoint)
     checkpoint.require_fits(memory_available_bytes(device), dtype=dtype)
     tokenizer = _tokenizer(checkpoint, decoder)
     network, kernels, weight_bytes = _network(
@@ -135,7 +135,8 @@ def open_engine(
     )
 
 
-def _device(name: str) -> torch.device:
+def device_named(name: str) -> torch.device:
+    """The device of that name; `auto` is a GPU if there is one. Raises `InputError`."""
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     kind = name.partition(":")[0]

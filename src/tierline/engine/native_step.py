@@ -190,7 +190,8 @@ class NativeNetwork:
         """Run the step and write its keys and values; float32 logits [R, vocabulary].
 
         They are good until the next call, which writes into the same memory: fresh pages of
-        64 rows would cost a tenth of a step.  Wanted rows ascend.  Raises MemoryError when there is no room for the activations.
+        64 rows would cost a tenth of a step.  Wanted rows ascend.  Raises MemoryError when
+        there is no room for the activations.
         """
         assert arena.dtype == self.dtype
         wanted = flat(batch.wanted)
