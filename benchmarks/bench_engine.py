@@ -14,7 +14,7 @@ Method     each engine in its own process on all cores; one computes at a time; 
            before and after each sample of decoding; `share` is tokens/s times the bytes of the
            weights over it.  `others` is what everybody else took of the cores meanwhile: on a
            machine that is not quiet the figures of engines whose threads wait by spinning fall
-           by ten times, so believe no line where it is above a few per cent.
+           by ten times, so believe no run that is not `quiet`.
 
 Files come from the page cache and vLLM's compiled graphs, when there are, from its cache; both
 lie in `--folder` and are kept.  No new round begins after `--minutes`.
@@ -127,6 +127,7 @@ ASKED = (
     Asked(model="demo", metric="prefill", peers=("llama.cpp",), least=5.0),
 )
 READY_ASKED_S = 5.0
+OTHERS_MOST = 0.05  # of all cores, for a run to count as quiet
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -357,6 +358,17 @@ def run_model(bench: Bench, model: Model, lost: dict[str, str]) -> dict[str, Any
     return found
 
 
+def quiet(found: Mapping[str, Any]) -> bool:
+    """Whether nobody else took much of the cores during any sample."""
+    shares = [
+        figures["others_max"]
+        for model in found.values()
+        for engines in model["results"].values()
+        for figures in engines.values()
+    ]
+    return bool(shares) and max(shares) <= OTHERS_MOST
+
+
 def _alike(tokens: list[int], reference: list[int]) -> int:
     """Tokens before the first that differs."""
     pairs = zip(tokens, reference, strict=True)
@@ -424,6 +436,7 @@ def main() -> None:
         "benchmark": "engine",
         "models": found,
         "left_out": lost,
+        "quiet": quiet(found),
         "cores": CORES,
         "kernels": kernels.reason if isinstance(kernels, native.Missing) else kernels.isa,
         "seconds": round(time.monotonic() - start_s),

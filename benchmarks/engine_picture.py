@@ -5,7 +5,7 @@ from typing import Any
 
 from tierline.planner.svg import WIDTH, box, element, line, svg, text
 
-ROW, GAP, LABELS, VALUES = 16, 26, 92, 96
+ROW, GAP, LABELS, VALUES = 16, 26, 76, 132
 TITLES = {
     "decode": "One request, tokens/s after the first",
     "prefill": "A prompt of 1,024 tokens, tokens/s",
