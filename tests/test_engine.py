@@ -356,6 +356,15 @@ def test_out_of_memory_at_the_smallest_step_fails_somebody_and_goes_on(checkpoin
     assert "length" in reasons
 
 
+def test_out_of_memory_tells_every_answer_that_waits_for_the_prompt(checkpoint):
+    engine = tiny_engine(checkpoint)
+    starved(engine, 4)
+    engine.add(list(range(80)), greedy(6, n=3))
+    deltas = finish(engine)
+
+    assert [(d.index, d.finish_reason) for d in deltas] == [(i, "error") for i in range(3)]
+
+
 # Nobody is lost
 
 

@@ -230,10 +230,9 @@ class Engine:
         if step.empty:
             return []
         try:
-            sampling, logits = self.executor.compute(step, self._texts)
+            sampled, generations = self._sample(*self.executor.compute(step, self._texts))
         except OUT_OF_MEMORY:
             return self._out_of_memory(step)
-        sampled, generations = self._sample(sampling, logits)
         now_ps = self.clock.now_ps()
         deltas = [self._push(g, sampled, at, now_ps) for at, g in enumerate(generations)]
         self._account(step, deltas, generations, now_ps)
@@ -362,8 +361,6 @@ class Engine:
         delta = self._delta(
             g, self.clock.now_ps(), text=self._rest(g), finish_reason=reason, error=error
         )
-        for child in g.siblings:  # they waited for a prompt that is not computed
-            self._close(child)
         self._close(g)
         return delta
 
@@ -390,7 +387,7 @@ class Engine:
         last = step.chunks[-1][0] if step.chunks else list(step.decoding.values())[-1]
         g = self._generations[last.id]
         self._drop(g)
-        return [self._ended(g, "error", "out of memory")]
+        return [self._ended(lost, "error", "out of memory") for lost in (g, *g.siblings)]
 
     def _delta(self, g: Generation, now_ps: int, **fields: Any) -> Delta:
         values: dict[str, Any] = {"token_ids": (), "text": "", **fields}
