@@ -98,7 +98,7 @@ class LlamaCpp:
 
     def generate(self, prompts: Prompts, output_tokens: int, shared: int) -> tuple[Spans, Prompts]:
         """A shared prefix is computed once and its cache copied, which the caller has to do."""
-        context = self._context(len(prompts), len(prompts[0]) + output_tokens)
+        context = self._context(len(prompts), len(prompts[0]) + output_tokens, shared > 0)
         batch = self.api.llama_batch_init(2048, 0, 1)
         spans = Spans()
         own = [
@@ -134,13 +134,13 @@ class LlamaCpp:
             "kv_bytes": 0,
         }
 
-    def _context(self, sequences: int, tokens: int) -> Any:
+    def _context(self, sequences: int, tokens: int, shares: bool) -> Any:
         params = self.api.llama_context_default_params()
         params.n_ctx = sequences * -(-tokens // 256) * 256
         params.n_batch, params.n_ubatch = 2048, 512
         params.n_seq_max = sequences
         params.n_threads = params.n_threads_batch = THREADS
-        params.kv_unified = False
+        params.kv_unified = shares  # a tenth faster with a shared prefix, slower without
         context = self.api.llama_init_from_model(self.model, params)
         assert context, "llama.cpp did not make a context"
         return context

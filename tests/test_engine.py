@@ -287,6 +287,12 @@ def test_what_never_fits_is_refused(checkpoint):
         {"kv_bytes": 100},
         {"kv_bytes": 10**15},
         {"kernels": "native"},
+        {"dtype": torch.bfloat16},
+        {"block_tokens": "16"},
+        {"kv_bytes": "2GB"},
+        {"sequences_max": 1.5},
+        {"seed": "x"},
+        {"prefix_cache": "no"},
     ],
 )
 def test_options_that_cannot_be_are_said(checkpoint, options):

@@ -56,9 +56,17 @@ class DoesNotFitError(CapacityError):
         self.needed_bytes = needed_bytes
         self.available_bytes = available_bytes
         super().__init__(
-            f"{what} needs {needed_bytes / 1e9:.1f} GB, {available_bytes / 1e9:.1f} GB available",
+            f"{what} needs {_size(needed_bytes)}, {_size(available_bytes)} available",
             hint=hint or "lower the precision, raise tensor parallelism, or pick a larger GPU",
         )
+
+
+def _size(count: float) -> str:
+    """Gigabytes, unless that would show nothing."""
+    for unit, size in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
+        if count >= size / 10:
+            return f"{count / size:.1f} {unit}"
+    return f"{count:.0f} bytes"
 
 
 class InfeasibleError(CapacityError):

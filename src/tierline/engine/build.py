@@ -66,15 +66,27 @@ class EngineOptions:
     machine: GpuSpec | None = None  # its rates; None: as `tierline calibrate` left them, or a guess
 
     def __post_init__(self) -> None:
-        for name, least in (("sequences_max", 1), ("block_tokens", 16)):
-            if getattr(self, name) < least:
-                raise InputError(f"{name} is {getattr(self, name)}; it is at least {least}")
-        if self.block_tokens % 16:
-            raise InputError(f"block_tokens is {self.block_tokens}; kernels need a multiple of 16")
+        for name in ("dtype", "device", "kernels", "policy"):
+            _require(name, getattr(self, name), str, "a name")
+        for name in ("sequences_max", "block_tokens", "seed"):
+            _require(name, getattr(self, name), int, "a whole number")
         for name in ("kv_bytes", "positions_max", "batch_tokens"):
+            if getattr(self, name) is not None:
+                _require(name, getattr(self, name), int, "a whole number")
+        _require("prefix_cache", self.prefix_cache, bool, "true or false")
+        for name in ("sequences_max", "block_tokens", "kv_bytes", "positions_max", "batch_tokens"):
             value = getattr(self, name)
             if value is not None and value < 1:
-                raise InputError(f"{name} is {value}; it is at least 1")
+                raise InputError(f"{name} is {value}", hint="it is at least 1")
+        if self.block_tokens % 16:
+            raise InputError(
+                f"block_tokens is {self.block_tokens}", hint="kernels need a multiple of 16"
+            )
+
+
+def _require(name: str, value: object, kind: type, wanted: str) -> None:
+    if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
+        raise InputError(f"{name} is {value!r}", hint=f"give {wanted}")
 
 
 def open_engine(
