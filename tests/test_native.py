@@ -258,10 +258,23 @@ def test_a_folder_that_cannot_be_written(tmp_path: Path) -> None:
 
 def test_a_second_load_builds_nothing(kernels: Kernels, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(native, "_build", None)
-    again = native.load(kernels.path.parent, isa=kernels.isa)
+    told: list[str] = []
+    again = native.load(
+        kernels.path.parent, isa=kernels.isa, building=lambda: told.append("building")
+    )
 
     assert isinstance(again, Kernels)
     assert again.path == kernels.path
+    assert told == []
+
+
+def test_a_build_is_told_of(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(native, "_build", lambda *_: None)  # nothing comes of it
+    told: list[str] = []
+    found = native.load(tmp_path, building=lambda: told.append("building"))
+
+    assert isinstance(found, Missing)
+    assert told == ["building"] or "does not have" in found.reason or "compiler" in found.reason
 
 
 def test_packed_weights_are_given_back(kernels: Kernels) -> None:

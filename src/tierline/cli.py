@@ -222,7 +222,7 @@ def run_model(args: argparse.Namespace) -> int:
         options["kv_bytes"] = parse_bytes(args.kv_bytes)
     if args.json and args.prompt is None:
         raise InputError("--json answers one prompt", hint="tierline run MODEL PROMPT --json")
-    llm = LLM(args.model, **options)
+    llm = LLM(args.model, building=_building, **options)
     facts = llm.facts
     print(
         f"{facts.model}: {facts.dtype} on {facts.device}, kernels {facts.kernels}, "
@@ -235,6 +235,10 @@ def run_model(args: argparse.Namespace) -> int:
     if args.prompt is not None:
         return _answer(llm, said, args.prompt, params, args)
     return _converse(llm, said, params, args)
+
+
+def _building() -> None:
+    print("building the CPU kernels, once for this machine ...", file=sys.stderr)
 
 
 def _sampling(args: argparse.Namespace) -> Any:

@@ -5,6 +5,7 @@ once, give the rest of the memory to the cache, and put the scheduler in front. 
 that was chosen is in `Engine.facts`, so that whoever serves can print it.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
@@ -55,6 +56,7 @@ class EngineOptions:
     device: str = "auto"  # cpu, cuda, cuda:1
     kernels: str = "auto"  # native, or torch
     kernels_folder: Path | None = None  # where native kernels are kept once built; None: torch
+    building: Callable[[], None] | None = None  # called before they are built, for some seconds
     kv_bytes: int | None = None
     positions_max: int | None = None  # of prompt and answer together
     sequences_max: int = 64
@@ -255,7 +257,7 @@ def _kernels(
         return "no folder to build them in"
     if dtype is torch.float16:
         return "no native kernel computes in float16"
-    loaded = native.load(options.kernels_folder)
+    loaded = native.load(options.kernels_folder, building=options.building)
     return loaded.reason if isinstance(loaded, native.Missing) else loaded
 
 

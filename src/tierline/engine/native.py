@@ -14,6 +14,7 @@ import platform
 import shutil
 import subprocess
 import tempfile
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -206,10 +207,13 @@ def usable_isas(flags: frozenset[str]) -> list[str]:
     return [isa for isa, needed in ISAS.items() if flags.issuperset(needed)]
 
 
-def load(folder: Path, *, isa: str | None = None) -> Kernels | Missing:
+def load(
+    folder: Path, *, isa: str | None = None, building: Callable[[], None] | None = None
+) -> Kernels | Missing:
     """The kernels for this processor, built into `folder` when they are not there yet.
 
-    `isa` asks for one of `ISAS` instead of the best.  Never raises: whatever is in the way
+    `isa` asks for one of `ISAS` instead of the best; `building` is called before a build, which
+    takes seconds.  Never raises: whatever is in the way
     (another processor, no compiler, a build that fails) is the reason in `Missing`.
     """
     usable = usable_isas(cpu_flags())
@@ -221,7 +225,7 @@ def load(folder: Path, *, isa: str | None = None) -> Kernels | Missing:
     if compiler is None:
         return Missing("no C++ compiler: neither g++ nor clang++ is on the path")
     try:
-        return Kernels(_built(folder, isa, compiler), isa)
+        return Kernels(_built(folder, isa, compiler, building), isa)
     except subprocess.CalledProcessError as error:
         lines = (error.stderr or "").strip().splitlines()
         return Missing(f"{compiler} could not build the kernels: {' '.join(lines[:3])}")
@@ -229,7 +233,9 @@ def load(folder: Path, *, isa: str | None = None) -> Kernels | Missing:
         return Missing(f"the kernels could not be built or loaded: {error}")
 
 
-def _built(folder: Path, isa: str, compiler: str) -> Path:
+def _built(
+    folder: Path, isa: str, compiler: str, building: Callable[[], None] | None = None
+) -> Path:
     """The library for these sources, flags and compiler, built if it is missing."""
     flags = [*_FLAGS, *(f"-m{flag.replace('512_', '512')}" for flag in ISAS[isa])]
     version = _run([compiler, "--version"])
@@ -239,6 +245,8 @@ def _built(folder: Path, isa: str, compiler: str) -> Path:
         digest.update(source.name.encode() + b"\0" + source.read_bytes())
     path = folder / f"tierline-{isa}-{digest.hexdigest()[:16]}.so"
     if not path.exists():
+        if building is not None:
+            building()
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=folder, prefix=".build-") as scratch:
             _build([s for s in sources if s.suffix == ".cpp"], compiler, flags, Path(scratch), path)
