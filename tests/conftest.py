@@ -1,7 +1,9 @@
 """What many tests share: where the reference data lies, and reproducible property tests."""
 
 import os
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import settings
@@ -29,3 +31,24 @@ def kernels_folder(request: pytest.FixtureRequest) -> Path:
     """Where native kernels are kept between runs: a build is named by what went into it."""
     assert request.config.cache is not None
     return Path(request.config.cache.mkdir("kernels"))
+
+
+@pytest.fixture(scope="session", params=["avx2", "avx512bf16"])
+def kernels(request: pytest.FixtureRequest, kernels_folder: Path) -> Any:
+    """The native kernels for each instruction set that this machine has."""
+    from tierline.engine import native  # torch stays off the way of tests that need none
+
+    assert request.param in native.ISAS
+    loaded = native.load(kernels_folder, isa=request.param)
+    if isinstance(loaded, native.Missing):
+        assert "could not" not in loaded.reason, loaded.reason
+        pytest.skip(loaded.reason)
+    return loaded
+
+
+@pytest.fixture(autouse=True)
+def threads_as_before(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Whoever asked the kernels for another number of threads asked for itself only."""
+    yield
+    if "kernels" in request.fixturenames:
+        request.getfixturevalue("kernels").set_threads(0)

@@ -27,14 +27,6 @@ KINDS = ("float32", "bfloat16", *GGUF_TYPES)
 TOLERANCE = 2e-6
 
 
-@pytest.fixture(scope="session", params=list(ISAS))
-def kernels(request: pytest.FixtureRequest, kernels_folder: Path) -> Kernels:
-    loaded = native.load(kernels_folder, isa=request.param)
-    if isinstance(loaded, Missing):
-        pytest.skip(loaded.reason)
-    return loaded
-
-
 def weights(kind: str, n: int, k: int) -> tuple[torch.Tensor | Stored, torch.Tensor]:
     """Random weights and their values as float32."""
     values = torch.randn(n, k)

@@ -1,9 +1,7 @@
 """Native attention equals the definition, on any table and any mix, and never reads garbage."""
 
 import random
-from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -17,22 +15,6 @@ from tierline.engine.decoder import Attention, Decoder, Dense, Layer, Rope
 from tierline.engine.native_attention import read_layer, version, why_not, write_layer
 
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2e-2}
-
-
-@pytest.fixture(scope="module", params=sorted(native.ISAS))
-def kernels(request: pytest.FixtureRequest, kernels_folder: Path) -> native.Kernels:
-    loaded = native.load(kernels_folder, isa=request.param)
-    if isinstance(loaded, native.Missing):
-        assert "could not" not in loaded.reason, loaded.reason
-        pytest.skip(loaded.reason)
-    return loaded
-
-
-@pytest.fixture(autouse=True)
-def threads_as_before(request: pytest.FixtureRequest) -> Iterator[None]:
-    yield
-    if "kernels" in request.fixturenames:
-        request.getfixturevalue("kernels").set_threads(0)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -3,7 +3,7 @@
 import functools
 import random
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -25,22 +25,6 @@ from tiny_checkpoints import tiny_checkpoint, tiny_model
 
 SERVED = ("llama", "mistral", "qwen2", "qwen3", "gemma3", "qwen3_moe", "mixtral")
 BLOCK = 16
-
-
-@pytest.fixture(scope="module", params=sorted(native.ISAS))
-def kernels(request: pytest.FixtureRequest, kernels_folder: Path) -> native.Kernels:
-    loaded = native.load(kernels_folder, isa=request.param)
-    if isinstance(loaded, native.Missing):
-        assert "could not" not in loaded.reason, loaded.reason
-        pytest.skip(loaded.reason)
-    return loaded
-
-
-@pytest.fixture(autouse=True)
-def threads_as_before(request: pytest.FixtureRequest) -> Iterator[None]:
-    yield
-    if "kernels" in request.fixturenames:
-        request.getfixturevalue("kernels").set_threads(0)
 
 
 Weights = Callable[[str], torch.Tensor]
