@@ -221,6 +221,14 @@ def test_the_tally_counts_what_streams(llm):
 # Ctrl-C
 
 
+@pytest.fixture(autouse=True)
+def listening() -> Iterator[None]:
+    """A job in the background ignores SIGINT, and its children inherit that."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
 @contextmanager
 def pressed(after: int) -> Iterator[None]:
     """Somebody presses Ctrl-C once, when that many blocks were taken and not yet entered."""

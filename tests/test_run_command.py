@@ -145,6 +145,8 @@ def test_ctrl_c_ends_an_answer_cleanly(checkpoint):
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         env=os.environ | {"PYTHONIOENCODING": "utf-8"},
+        # A job in the background ignores SIGINT, and its children inherit that.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     ) as process:
         assert process.stdout is not None
         assert process.stdout.read(1)  # it has begun to answer
