@@ -1,1 +1,1 @@
-"""What a running server tells the world: metrics, spans, logs, and quantiles of the last minutes."""
+"""What a running server tells the world: metrics, spans, logs, quantiles of recent minutes."""
