@@ -15,14 +15,16 @@ import asyncio
 import threading
 from collections.abc import AsyncIterator, Callable, Sequence
 from queue import Empty, SimpleQueue
-from typing import Any
+from typing import Any, TypeVar
 
 from tierline.base.errors import DependencyError
 from tierline.engine.engine import Engine
 from tierline.engine.generation import Delta
+from tierline.engine.observation import StepSample
 from tierline.engine.sampling import SamplingParams
 
 Command = Callable[[], None]
+T = TypeVar("T")
 
 
 class Stream:
@@ -64,11 +66,18 @@ class Stream:
 class AsyncEngine:
     """Owns an engine and its thread, on behalf of one event loop."""
 
-    def __init__(self, engine: Engine) -> None:
+    def __init__(
+        self, engine: Engine, *, watcher: Callable[[StepSample], None] | None = None
+    ) -> None:
+        """`watcher` is told of every step, on the event loop, before its deltas are."""
         self.engine = engine
+        self._watcher = watcher
+        self._sample: StepSample | None = None  # of the step whose deltas are delivered next
+        if watcher is not None:
+            engine.watch(self._watched)
         self._inbox: SimpleQueue[Command] = SimpleQueue()
         self._streams: dict[int, Stream] = {}  # touched on the loop only, as the next two are
-        self._entering: set[asyncio.Future[Stream]] = set()
+        self._entering: set[asyncio.Future[Any]] = set()
         self._ended: BaseException | None = None  # why nobody is served any more
         self._loop: asyncio.AbstractEventLoop | None = None
         self._thread = threading.Thread(target=self._serve, name="engine", daemon=True)
@@ -91,19 +100,40 @@ class AsyncEngine:
 
     async def add(self, prompt: Sequence[int], params: SamplingParams, **service: Any) -> Stream:
         """Take a request in (`Engine.add`); raises what that raises."""
-        if self._ended is not None:
-            raise _told(self._ended)
-        entered: asyncio.Future[Stream] = asyncio.get_running_loop().create_future()
-        self._entering.add(entered)
+        entered = self._entry()
         self._inbox.put(lambda: self._enter(entered, prompt, params, service))
         try:
-            return await entered
+            stream: Stream = await entered
+            return stream
         except asyncio.CancelledError:
             if entered.done() and not entered.cancelled() and entered.exception() is None:
                 entered.result().close()
             raise
         finally:
             self._entering.discard(entered)
+
+    async def call(self, function: Callable[[], T]) -> T:
+        """What `function` returns or raises, called on the engine's thread between two steps."""
+        asked = self._entry()
+        self._inbox.put(lambda: self._answer(asked, function))
+        try:
+            found: T = await asked
+            return found
+        finally:
+            self._entering.discard(asked)
+
+    def _entry(self) -> "asyncio.Future[Any]":
+        """A future that is not waited for in vain when the engine ends."""
+        if self._ended is not None:
+            raise _told(self._ended)
+        entry: asyncio.Future[Any] = asyncio.get_running_loop().create_future()
+        self._entering.add(entry)
+        return entry
+
+    @property
+    def failed(self) -> str:
+        """Why nobody is served any more; "" while the engine is well."""
+        return "" if self._ended is None else str(_told(self._ended))
 
     def cancel(self, request_id: int) -> None:
         """Nobody wants the answers any more; who reads them sees them end."""
@@ -116,7 +146,7 @@ class AsyncEngine:
             while not self._stopping:
                 self._obey()
                 deltas = self.engine.step()
-                if deltas:
+                if deltas or self._sample:
                     self._deliver(deltas)
         except BaseException as error:  # our bug: nobody may wait for ever because of it
             self._call(self._end, error)
@@ -146,11 +176,23 @@ class AsyncEngine:
         else:
             self._call(self._entered, entered, request_id, params.n)
 
+    def _answer(self, asked: "asyncio.Future[T]", function: Callable[[], T]) -> None:
+        try:
+            found = function()
+        except Exception as error:
+            self._call(self._refused, asked, error)
+        else:
+            self._call(self._found, asked, found)
+
     def _stop(self) -> None:
         self._stopping = True
 
+    def _watched(self, sample: StepSample) -> None:
+        self._sample = sample
+
     def _deliver(self, deltas: list[Delta]) -> None:
-        self._call(self._spread, deltas)
+        sample, self._sample = self._sample, None
+        self._call(self._spread, deltas, sample)
 
     def _call(self, function: Callable[..., None], *arguments: Any) -> None:
         assert self._loop is not None
@@ -168,11 +210,17 @@ class AsyncEngine:
         else:
             entered.set_result(stream)
 
-    def _refused(self, entered: "asyncio.Future[Stream]", error: Exception) -> None:
-        if not entered.cancelled():
-            entered.set_exception(error)
+    def _refused(self, asked: "asyncio.Future[Any]", error: Exception) -> None:
+        if not asked.done():
+            asked.set_exception(error)
 
-    def _spread(self, deltas: list[Delta]) -> None:
+    def _found(self, asked: "asyncio.Future[T]", found: T) -> None:
+        if not asked.done():
+            asked.set_result(found)
+
+    def _spread(self, deltas: list[Delta], sample: StepSample | None) -> None:
+        if sample is not None and self._watcher is not None:
+            self._watcher(sample)
         for delta in deltas:
             stream = self._streams.get(delta.request_id)
             if stream is not None and stream.push(delta):

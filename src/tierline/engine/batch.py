@@ -18,6 +18,7 @@ from tierline.kv.names import BlockNames
 from tierline.kv.table import BlockTable
 
 Int32s = NDArray[np.int32]
+NOBODY: Int32s = np.empty(0, dtype=np.int32)
 T = TypeVar("T")
 
 
@@ -33,6 +34,9 @@ class Batch:
         Int32s, ...
     ]  # of each group [S, entries]: page of block b, part p at b x parts + p
     wanted: Int32s  # [R] rows
+    pooled: Int32s = field(default_factory=lambda: NOBODY)  # [P] sequences, ascending
+    # [P, hidden] float32: the network adds the last normed states of those sequences' rows.
+    sums: torch.Tensor | None = None
     _on_device: dict[str, torch.Tensor] = field(default_factory=dict)
     _derived: dict[tuple[object, ...], object] = field(default_factory=dict)
 
@@ -40,6 +44,14 @@ class Batch:
     def sequences(self) -> int:
         """Sequences of the step."""
         return len(self.lengths)
+
+    @property
+    def kept(self) -> Int32s:
+        """Rows that matter after the last attention, ascending: wanted ones and pooled ones."""
+        if not len(self.pooled):
+            return self.wanted
+        spans = [np.arange(self.starts[s], self.starts[s + 1]) for s in self.pooled]
+        return np.unique(np.concatenate([self.wanted, *spans])).astype(np.int32)
 
     def tensor(self, name: str, device: torch.device) -> torch.Tensor:
         """One of the arrays as a tensor on `device`, moved once; tables are `tables.0`, ...."""

@@ -11,22 +11,26 @@ Invariants
     INV-ENG-2  once idle, no sequence holds a block
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 import torch
 
 from tierline.base.clock import FOREVER_PS, PS_PER_S
-from tierline.base.errors import RequestError
+from tierline.base.errors import OverloadedError, RequestError, TierlineError
 from tierline.base.rng import stream_seed
 from tierline.engine.conversation import Chat
 from tierline.engine.executor import Executor
-from tierline.engine.generation import Delta, Generation, TokenLogprob
+from tierline.engine.generation import Delta, Generation, Grammar, TokenLogprob
+from tierline.engine.observation import Note, StepSample
 from tierline.engine.sampling import Sampled, Sampler, SamplingParams
 from tierline.engine.stops import StopChecker
 from tierline.engine.tokenizer import Detokenizer, Tokenizer
 from tierline.kv.chain import chain_of, salt
+from tierline.kv.transfer import DEVICE
+from tierline.scheduling.admission import Admission, Refuse
 from tierline.scheduling.scheduler import Limits, Scheduler
 from tierline.scheduling.sequence import DONE
 from tierline.scheduling.sequence import Sequence as Scheduled
@@ -85,6 +89,10 @@ class Engine:
         self.vocabulary, self.positions_max = vocabulary, positions_max
         self.tokenizer, self.eos_ids, self.facts = tokenizer, eos_ids, facts
         self.chat, self._prefix_cache = chat, prefix_cache
+        self.admission = Admission(scheduler)
+        self._watch: Callable[[StepSample], None] | None = None
+        self._notes: list[Note] = []
+        self._masks: ThreadPoolExecutor | None = None  # computes masks while a step computes
         device = executor.arena.data.device
         self.sampler = Sampler(vocabulary, device=device, eos_ids=sorted(eos_ids))
         self._revision, self._seed = revision, seed
@@ -104,17 +112,22 @@ class Engine:
         ttft_s: float | None = None,
         itl_s: float | None = None,
         tenant: str = "",
+        arrival_ps: int | None = None,
+        grammar: Grammar | None = None,
+        refuses: bool = False,
     ) -> int:
         """Take a request in; the answer is the number that its deltas carry.
 
-        `rank` 0 is the most urgent class; `ttft_s` and `itl_s` are promises that the scheduler
-        keeps if it can; tenants share no cached prefixes.  Raises `RequestError` for what no
-        engine could serve, `DoesNotFitError` for what this one's memory can not.
+        A lower `rank` is a more urgent class; `ttft_s` and `itl_s` are promises that the scheduler
+        keeps if it can, from `arrival_ps` (now) on; tenants share no cached prefixes.  Every
+        answer is one of `grammar`.  Raises `RequestError` for what no engine could serve,
+        `DoesNotFitError` for what this one's memory can not, and with `refuses`
+        `OverloadedError` for what would be too late, with when to come again.
         """
         self._require(prompt)
         if params.max_tokens == 0:
             raise RequestError("max_tokens is 0: nothing to generate", hint="ask for one at least")
-        now_ps = self.clock.now_ps()
+        now_ps = self.clock.now_ps() if arrival_ps is None else arrival_ps
         room = self.positions_max - len(prompt)
         most = room if params.max_tokens is None else min(params.max_tokens, room)
         chain = self._chain(prompt, tenant)
@@ -134,13 +147,55 @@ class Engine:
             )
             generations.append(self._generation(request_id, index, sequence, params, prompt))
         first = generations[0]
+        self._foresee(first.sequence, refuses=refuses)
         self.scheduler.add(first.sequence)  # may raise: nothing was entered yet
+        for g in generations if grammar else ():
+            assert grammar is not None
+            g.matcher = grammar.matcher()
+            self._begin_mask(g)
         first.siblings = generations[1:]
         self._requests += 1
         self._sequences += params.n
         self._open[request_id] = generations
         self._enter(first)
         return request_id
+
+    def predicted_ttft_s(self, prompt_tokens: int, *, rank: int = 0) -> float:
+        """Seconds until a first token, for a prompt of which nothing is cached that came now."""
+        now_ps = self.clock.now_ps()
+        asks = Scheduled(
+            -1, arrival_ps=now_ps, prompt_tokens=prompt_tokens, output_max_tokens=1, rank=rank
+        )
+        answer = self.admission.answer(asks, now_ps)
+        self.admission.forget(asks)
+        return answer.ttft_ps / PS_PER_S
+
+    def _foresee(self, s: Scheduled, *, refuses: bool) -> None:
+        """Predict its first token, to learn from what comes of it; and refuse it if asked to."""
+        self.scheduler.require_fit(s)
+        answer = self.admission.answer(s, self.clock.now_ps())
+        if not (refuses and isinstance(answer, Refuse)):
+            return
+        self.admission.forget(s)
+        if answer.retry_after_ps == FOREVER_PS:
+            raise RequestError(
+                f"the first token would take {answer.ttft_ps / PS_PER_S:.3g} s even if nobody else"
+                " were here, and was asked for sooner",
+                hint="ask for it later, or shorten the prompt",
+            )
+        raise OverloadedError(
+            "the server, for an answer in time,", retry_after_ns=answer.retry_after_ps // 1000 + 1
+        )
+
+    def watch(self, watcher: Callable[[StepSample], None]) -> None:
+        """Have `watcher` told of every step from now on, on the thread that calls `step`."""
+        self._watch = watcher
+        self.scheduler.note = self._note
+
+    def _note(self, at_ps: int, s: Scheduled, what: str, why: str) -> None:
+        g = self._generations.get(s.id)
+        if g is not None:
+            self._notes.append(Note(at_ps, g.request_id, what, why))
 
     def cancel(self, request_id: int) -> list[Delta]:
         """Nobody wants the answers any more; to be called between steps."""
@@ -224,7 +279,8 @@ class Engine:
     def step(self) -> list[Delta]:
         """Compute one step, if there is anything to compute; what it added, in batch order."""
         scheduler = self.scheduler
-        step = scheduler.next_step(self.clock.now_ps(), 1)
+        start_ps = self.clock.now_ps()
+        step = scheduler.next_step(start_ps, 1)
         for s in step.preempted:
             self.executor.leave(s)
         if step.empty:
@@ -235,8 +291,35 @@ class Engine:
             return self._out_of_memory(step)
         now_ps = self.clock.now_ps()
         deltas = [self._push(g, sampled, at, now_ps) for at, g in enumerate(generations)]
+        sample = self._sample_of(step, start_ps, now_ps) if self._watch else None
         self._account(step, deltas, generations, now_ps)
+        if self._watch and sample:
+            self._watch(sample)
         return deltas
+
+    def _sample_of(self, step: Step, start_ps: int, end_ps: int) -> StepSample:
+        """What is told of a step; to be made before it is accounted."""
+        scheduler = self.scheduler
+        pages, index = scheduler.pages, scheduler.index
+        requests = self._generations
+        notes, self._notes = self._notes, []
+        return StepSample(
+            number=step.number,
+            start_ps=start_ps,
+            end_ps=end_ps,
+            decodes=step.decodes,
+            context_tokens=step.context_tokens,
+            prefill_tokens=step.prefill_tokens,
+            chunks=tuple((requests[s.id].request_id, n, s.cached_tokens) for s, n in step.chunks),
+            preempted=tuple(requests[s.id].request_id for s in step.preempted),
+            notes=tuple(notes),
+            running=scheduler.running,
+            waiting=scheduler.queue.waiting,
+            kv_pages=pages.total,
+            kv_pages_free=pages.free,
+            kv_pages_cached=index.evictable_blocks * scheduler.layout.pages_per_block,
+            kv_evicted_blocks=index.tiers[DEVICE].evicted_blocks,
+        )
 
     def _sample(
         self, sampling: list[Scheduled], logits: torch.Tensor
@@ -250,7 +333,25 @@ class Engine:
             rows += [row] * (1 + len(g.siblings))
         if len(rows) > len(sampling):
             logits = logits[rows]
-        return self.sampler.sample(logits, [g.row for g in generations]), generations
+        masks: dict[int, torch.Tensor] = {}
+        errors: dict[int, TierlineError] = {}
+        for at, g in enumerate(generations):
+            if g.mask is not None:
+                try:
+                    masks[at] = g.mask.result()
+                except TierlineError as error:
+                    errors[at] = error
+        sampled = self.sampler.sample(logits, [g.row for g in generations], masks=masks)
+        if errors:
+            sampled = replace(sampled, errors={**sampled.errors, **errors})
+        return sampled, generations
+
+    def _begin_mask(self, g: Generation) -> None:
+        """What may come next in a grammar is found while the step before it computes."""
+        if self._masks is None:
+            self._masks = ThreadPoolExecutor(1, thread_name_prefix="masks")
+        assert g.matcher is not None
+        g.mask = self._masks.submit(g.matcher.mask, g.output_max_tokens - g.output_tokens)
 
     def _push(self, g: Generation, sampled: Sampled, at: int, now_ps: int) -> Delta:
         """One token of one answer: its text, and whether it was the last."""
@@ -258,6 +359,8 @@ class Engine:
             error = str(sampled.errors[at])
             return self._delta(g, now_ps, text=self._rest(g), finish_reason="error", error=error)
         token, logprob = sampled.tokens[at], sampled.logprobs[at]
+        if g.output_tokens == 0:
+            self.admission.first_token(g.sequence, now_ps)
         g.tokens.append(token)
         g.row.append(token)
         logprobs: tuple[TokenLogprob, ...] = ()
@@ -282,13 +385,19 @@ class Engine:
         ends = token in params.stop_token_ids or (token in self.eos_ids and not params.ignore_eos)
         if ends and enough:
             return self._rest(g), "stop", token
+        if g.matcher is not None:
+            g.matcher.accept(token)
         text = g.detokenizer.push(token) if g.detokenizer else ""
         if g.stops is not None and enough:
             text = g.stops.feed(text)
             if g.stops.stopped is not None:
                 return text, "stop", g.stops.stopped
+        if g.matcher is not None and g.matcher.over:
+            return text + self._rest(g), "stop", None
         if g.output_tokens >= g.output_max_tokens:
             return text + self._rest(g), "length", None
+        if g.matcher is not None:
+            self._begin_mask(g)
         return text, None, None
 
     def _rest(self, g: Generation) -> str:
@@ -353,6 +462,7 @@ class Engine:
 
     def _drop(self, g: Generation) -> None:
         """Take an answer out of the scheduler between steps."""
+        self.admission.forget(g.sequence)
         if g.sequence.id in self._generations and g.sequence.state != DONE:
             self.scheduler.cancel(g.sequence)
             self.executor.leave(g.sequence)
@@ -397,6 +507,7 @@ class Engine:
             index=g.index,
             prompt_tokens=g.prompt_tokens,
             cached_tokens=g.sequence.hit_tokens,
+            loaded_tokens=g.sequence.loaded_tokens,
             at_ps=now_ps,
             **values,
         )

@@ -3,11 +3,39 @@
 A request for n answers is n generations that share their prompt's blocks.
 """
 
+from concurrent.futures import Future
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol
+
+import torch
 
 from tierline.engine.sampling import SamplingParams
 from tierline.scheduling.sequence import Sequence
+
+
+class Matcher(Protocol):
+    """Where one answer is in its grammar (`grammar.Matcher`)."""
+
+    def mask(self, left_tokens: int) -> torch.Tensor:
+        """[vocabulary] of booleans: what may come next, with `left_tokens` to go, it included."""
+        ...
+
+    def accept(self, token: int) -> None:
+        """The token that was taken."""
+        ...
+
+    @property
+    def over(self) -> bool:
+        """Whether the answer is complete and nothing may follow."""
+        ...
+
+
+class Grammar(Protocol):
+    """What answers must look like (`grammar.Grammar`)."""
+
+    def matcher(self) -> Matcher:
+        """The start of one answer."""
+        ...
 
 
 @dataclass(slots=True, kw_only=True, eq=False)
@@ -24,6 +52,8 @@ class Generation:
     row: Any  # the sampler's state
     detokenizer: Any  # None: nobody wants text
     stops: Any  # None: no stop strings
+    matcher: Matcher | None = None  # None: free text
+    mask: "Future[torch.Tensor] | None" = None  # of its next token, made beside the step
     siblings: list["Generation"] = field(default_factory=list)  # that wait for its prompt
     text: str = ""
 
@@ -56,4 +86,5 @@ class Delta:
     error: str | None = None
     prompt_tokens: int = 0
     cached_tokens: int = 0  # of the prompt, found in the cache
+    loaded_tokens: int = 0  # of those, brought up from a tier below the device
     at_ps: int = 0

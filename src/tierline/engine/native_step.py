@@ -106,6 +106,9 @@ class _Batch(ctypes.Structure):
         ("block_tokens", ctypes.c_int32),
         ("tables", ctypes.POINTER(ctypes.c_void_p)),
         ("strides", ctypes.POINTER(ctypes.c_int32)),
+        ("pooled", ctypes.c_void_p),
+        ("sums", ctypes.c_void_p),
+        ("pooled_count", ctypes.c_int32),
     )
 
 
@@ -187,15 +190,17 @@ class NativeNetwork:
         return int(self._library.tl_stepper_bytes(self._stepper))
 
     def logits(self, batch: Batch, arena: Arena) -> torch.Tensor:
-        """Run the step and write its keys and values; float32 logits [R, vocabulary].
+        """Run the step, write its keys and values, add to its sums; float32 logits [R, vocabulary].
 
-        They are good until the next call, which writes into the same memory: fresh pages of
-        64 rows would cost a tenth of a step.  Wanted rows ascend.  Raises MemoryError when
-        there is no room for the activations.
+        Logits are good until the next call, which writes into the same memory: fresh pages of
+        64 rows would cost a tenth of a step.  Wanted rows and pooled sequences ascend.  Raises
+        MemoryError when there is no room for the activations.
         """
         assert arena.dtype == self.dtype
-        wanted = flat(batch.wanted)
+        wanted, pooled, sums = flat(batch.wanted), flat(batch.pooled), batch.sums
         assert (np.diff(wanted) > 0).all(), "wanted rows ascend"
+        assert (np.diff(pooled) > 0).all(), "pooled sequences ascend"
+        assert sums is None or sums.is_contiguous()
         tokens, starts, lengths = flat(batch.tokens), flat(batch.starts), flat(batch.lengths)
         tables = [flat(table) for table in batch.tables]
         out = self._room(len(wanted))
@@ -208,6 +213,7 @@ class NativeNetwork:
             *(arena.data.data_ptr(), layout.page_bytes, layout.block_tokens),
             (ctypes.c_void_p * len(tables))(*(table.ctypes.data for table in tables)),
             (ctypes.c_int32 * len(tables))(*(table.shape[1] for table in tables)),
+            *(pooled.ctypes.data, None if sums is None else sums.data_ptr(), len(pooled)),
         )
         if not self._library.tl_step(self._stepper, ctypes.byref(filled), out.data_ptr()):
             raise MemoryError(f"no memory for the activations of {len(tokens)} rows")

@@ -12,6 +12,7 @@ are one matrix (q, k, v; gate, up).
 import functools
 from collections.abc import Callable, Mapping
 
+import numpy as np
 import torch
 from torch.nn import functional
 
@@ -62,7 +63,7 @@ class Network:
 
     @torch.inference_mode()
     def logits(self, batch: Batch, arena: Arena) -> torch.Tensor:
-        """Run the step and write its keys and values; float32 logits [R, vocabulary]."""
+        """Run the step, write its keys and values, add to its sums; float32 logits [R, vocabulary]."""
         decoder = self.decoder
         x = functional.embedding(batch.tensor("tokens", self.device), self.embed)
         if decoder.embedding_scale != 1:
@@ -70,6 +71,8 @@ class Network:
         for layer in self.layers:
             x = layer(x, batch, arena, self.attention)
         x = self.norm(x)
+        if batch.sums is not None:
+            x = _pooled(x, batch, batch.sums)
         logits = self.head(x).float()
         if decoder.logit_softcap is not None:
             logits = decoder.logit_softcap * torch.tanh(logits / decoder.logit_softcap)
@@ -208,9 +211,20 @@ class _Layer:
     ) -> torch.Tensor:
         attended = self._attention(self._norm(x), batch, arena, attend)
         x = x + self._post_attention(attended)
-        if self._last:  # the cache is written: from here on only rows with wanted logits matter
-            x = x[batch.tensor("wanted", x.device)]
+        if self._last:  # the cache is written: from here on only kept rows matter
+            x = x[batch.tensor("kept", x.device)]
         return x + self._post_ffn(self._ffn(self._ffn_norm(x)))
+
+
+def _pooled(x: torch.Tensor, batch: Batch, sums: torch.Tensor) -> torch.Tensor:
+    """Add the states of pooled sequences to their sums; the wanted rows of those that were kept."""
+    kept = batch.kept
+    owner = np.searchsorted(batch.starts, kept, side="right") - 1
+    into = np.searchsorted(batch.pooled, owner).clip(max=len(batch.pooled) - 1)
+    rows = np.flatnonzero(batch.pooled[into] == owner)
+    there, at = (torch.from_numpy(each).to(x.device) for each in (into[rows], rows))
+    sums.index_add_(0, there, x[at].float())
+    return x[torch.from_numpy(np.searchsorted(kept, batch.wanted)).to(x.device)]
 
 
 def _same(x: torch.Tensor) -> torch.Tensor:

@@ -11,6 +11,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from tierline.base.clock import PS_PER_S
+from tierline.engine.observation import Note, StepSample
+
+__all__ = ["EVENT_KINDS", "OUTCOMES", "Event", "Life", "Note", "StepSample"]
 
 # How a request can end; exactly one of them (INV-SRV-1).
 OUTCOMES = (
@@ -121,23 +124,3 @@ class Life:
 
 def _seconds(start_ps: int, end_ps: int | None) -> float | None:
     return None if end_ps is None else (end_ps - start_ps) / PS_PER_S
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class StepSample:
-    """What one step of the engine did, and what it left."""
-
-    number: int
-    start_ps: int
-    end_ps: int
-    decodes: int  # sequences that advanced by a token
-    prefill_tokens: int
-    prompts: int  # chunks in the step
-    preempted: int
-    running: int  # sequences that hold memory, after the step
-    waiting: int
-    waiting_by_rank: dict[int, int]  # rank is minus the priority
-    kv_pages: int  # of the device
-    kv_pages_free: int
-    kv_pages_cached: int  # held by nobody, kept for reuse
-    kv_evicted_blocks: int  # of the device's tier, since the start

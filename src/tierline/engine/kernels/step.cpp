@@ -187,11 +187,32 @@ class Stepper {
         wanted_.clear();
         for (; wanted < batch.wanted_count && batch.wanted[wanted] < end; ++wanted)
             wanted_.push_back(batch.wanted[wanted] - begin);
+        keep(batch, begin, end);
         batch_ = batch;
         batch_.sequences = {int32_t(lengths_.size()), starts_.data(), lengths_.data()};
         batch_.tokens += begin;
         rows_ = end - begin;
         first_sequence_ = first;
+    }
+
+    // The rows that go on after the last attention: wanted ones, and those of pooled sequences.
+    void keep(const Batch& batch, int begin, int end) {
+        kept_.clear();
+        pooled_.clear();
+        if (batch.pooled_count == 0) {
+            kept_ = wanted_;
+            return;
+        }
+        const int32_t* starts = batch.sequences.starts;
+        size_t next = 0;  // of the wanted rows, which from here on are counted among the kept
+        for (int row = begin, pool = 0; row < end; ++row) {
+            while (pool < batch.pooled_count && starts[batch.pooled[pool] + 1] <= row) ++pool;
+            const bool summed = pool < batch.pooled_count && starts[batch.pooled[pool]] <= row;
+            if (summed) pooled_.push_back({int(kept_.size()), pool});
+            const bool wanted = next < wanted_.size() && wanted_[next] == row - begin;
+            if (wanted) wanted_[next++] = int(kept_.size());
+            if (summed || wanted) kept_.push_back(row - begin);
+        }
     }
 
     // Buffers for the rows of this pass, kept for the next ones.
@@ -264,15 +285,15 @@ class Stepper {
             if (thread == 0) plans_[plan_of_[i]].next.store(0, std::memory_order_relaxed);
             barrier();
             remember<E>(layer, thread);
-            if (last && wanted_.empty()) return;
+            if (last && kept_.empty()) return;
             barrier();
             attend_layer<E>(i, thread);
             barrier();
             char* attended = buffers_.attended;
-            if (last && int(wanted_.size()) < rows) {  // the other rows have left their mark
+            if (last && int(kept_.size()) < rows) {  // the other rows have left their mark
                 pick(layer, thread);
                 barrier();
-                attended = buffers_.picked, x = buffers_.y, rows = int(wanted_.size());
+                attended = buffers_.picked, x = buffers_.y, rows = int(kept_.size());
             }
             in = completed(layer.o, attended, rows, thread);
             add_product(layer.o, in, x, rows, layer.post_attention_norm, thread);
@@ -289,7 +310,11 @@ class Stepper {
             add_product(layer.down, in, x, rows, layer.post_ffn_norm, thread);
             post = layer.post_ffn_norm;
         }
-        const char* in = normed(x, rows, post, model_.norm, model_.head.type, thread);
+        const char* in = pooled_.empty()
+                             ? normed(x, rows, post, model_.norm, model_.head.type, thread)
+                             : summed(x, rows, post, thread);
+        rows = int(wanted_.size());
+        if (rows == 0) return;
         gemm(model_.head, in, rows, logits, model_.vocabulary, false, thread, threads_);
         if (model_.logit_softcap > 0) cap(logits, rows, thread);
     }
@@ -337,6 +362,34 @@ class Stepper {
         }
         if (!redundant) barrier();
         return to;
+    }
+
+    // `normed` for the head when some rows are summed: their norms are added to the sums one
+    // after the other, so that chunks and company change no bit; the wanted ones come back.
+    const char* summed(float* x, int rows, const float* post, int thread) {
+        const size_t hidden = size_t(model_.hidden),
+                     stride = activation_bytes(model_.head.type, model_.hidden);
+        float* row = reinterpret_cast<float*>(own(buffers_.row, thread));
+        const Range mine = share(rows, thread, threads_);
+        for (int r = mine.begin; r < mine.end; ++r) {
+            float *x_row = x + r * hidden, *z_row = buffers_.z + r * hidden;
+            if (post != nullptr) {
+                norm_row(z_row, post, model_.hidden, model_.norm_eps, row);
+                add_row(x_row, row, model_.hidden);
+            }
+            norm_row(x_row, model_.norm, model_.hidden, model_.norm_eps, z_row);
+        }
+        barrier();
+        const Range lanes = share(model_.hidden / 16, thread, threads_);
+        for (const auto& [r, pool] : pooled_)
+            add_row(batch_.sums + pool * hidden + lanes.begin * 16,
+                    buffers_.z + r * hidden + lanes.begin * 16, (lanes.end - lanes.begin) * 16);
+        const Range heads = share(int(wanted_.size()), thread, threads_);
+        for (int i = heads.begin; i < heads.end; ++i)
+            prepare_row(model_.head.type, model_.hidden, buffers_.z + wanted_[i] * hidden,
+                        buffers_.in + i * stride);
+        barrier();
+        return buffers_.in;
     }
 
     // Rows that hold all their values, as W reads them: GGUF types want sums of blocks, too.
@@ -414,13 +467,13 @@ class Stepper {
             into(reinterpret_cast<Bf16*>(buffers_.attended));
     }
 
-    // After the last attention only rows with logits go on.
+    // After the last attention only the kept rows go on.
     void pick(const Layer& layer, int thread) {
         const size_t bytes = activation_bytes(layer.o.type, layer.o.k),
                      hidden = size_t(model_.hidden);
-        const Range mine = share(int(wanted_.size()), thread, threads_);
+        const Range mine = share(int(kept_.size()), thread, threads_);
         for (int i = mine.begin; i < mine.end; ++i) {
-            const size_t row = size_t(wanted_[i]);
+            const size_t row = size_t(kept_[i]);
             std::memcpy(buffers_.picked + i * bytes, buffers_.attended + row * bytes, bytes);
             std::memcpy(buffers_.y + i * hidden, buffers_.x + row * hidden, hidden * 4);
         }
@@ -562,7 +615,8 @@ class Stepper {
 
     // This pass
     Batch batch_{};
-    std::vector<int32_t> starts_, lengths_, wanted_;
+    std::vector<int32_t> starts_, lengths_, wanted_, kept_;
+    std::vector<std::pair<int, int>> pooled_;  // (a kept row, the sum it adds to)
     int rows_ = 0, first_sequence_ = 0, threads_ = 1;
 };
 

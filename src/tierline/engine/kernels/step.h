@@ -1,4 +1,4 @@
-// A whole step of a decoder in one call: token numbers in, logits out.
+// A whole step of a decoder in one call: token numbers in, logits (and sums of states) out.
 //
 // native_step.py fills these structures once (`Model`) and for every step (`Batch`); the
 // fields are in step with it.  All threads go through the layers together and meet at
@@ -63,6 +63,9 @@ struct Batch {
     int32_t block_tokens;
     const int32_t* const* tables;  // of each group
     const int32_t* strides;        // entries between rows of a group's table
+    const int32_t* pooled;         // sequences whose last normed rows are summed, ascending
+    float* sums;                   // [pooled][hidden], added to row by row
+    int32_t pooled_count;
 };
 
 }  // namespace tl
