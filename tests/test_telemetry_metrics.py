@@ -39,9 +39,10 @@ OF_VLLM = {
     ("vllm:request_prefill_time_seconds", "histogram"),
     ("vllm:request_decode_time_seconds", "histogram"),
 }
-VLLM_ITL_BOUNDS = (
-    "0.01 0.025 0.05 0.075 0.1 0.15 0.2 0.3 0.4 0.5 0.75 1.0 2.5 5.0 7.5 10.0 20.0 40.0 80.0"
-)
+VLLM_ITL_BOUNDS = [
+    *("0.01", "0.025", "0.05", "0.075", "0.1", "0.15", "0.2", "0.3", "0.4", "0.5", "0.75"),
+    *("1.0", "2.5", "5.0", "7.5", "10.0", "20.0", "40.0", "80.0"),
+]
 OPENMETRICS = "application/openmetrics-text;version=1.0.0;escaping=allow-utf-8;q=0.5,text/plain"
 
 
