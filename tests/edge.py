@@ -97,9 +97,13 @@ class Edge:
         """Events without end, as fast as they are taken."""
         async with self.stream(receive, send) as stream:
             await stream.start()
-            while True:
-                await stream.write(b"data: " + b"x" * 10_000 + b"\n\n")
-                await asyncio.sleep(0)
+            try:
+                while True:
+                    await stream.write(b"data: " + b"x" * 10_000 + b"\n\n")
+                    await asyncio.sleep(0)
+            except Stalled:
+                self.ended.append("told inside")  # as the outcome of a generation is
+                raise
 
     def stream(self, receive: Any, send: Any) -> EventStream:
         return EventStream(send, receive, stalled_s=self.stalled_s, ping_s=self.ping_s)
@@ -108,6 +112,12 @@ class Edge:
     def connections(self) -> int:
         assert self.server is not None
         return len(self.server.server_state.connections)
+
+    def await_idle(self) -> None:
+        """Until no request is under way."""
+        server = self.server
+        assert server is not None
+        until(lambda: not server.server_state.tasks, "the end of every task")
 
     def await_end(self, outcome: str) -> None:
         """Until a block has ended so, and nothing is left of any connection."""
@@ -143,8 +153,9 @@ def serving(edge: Edge, limits: Limits | None = None, **guard: Any) -> Iterator[
     try:
         until(lambda: edge.server.started, "the server")
         yield edge
-        until(lambda: not edge.server.server_state.tasks, "the end of every task")
+        edge.await_idle()
     finally:
+        assert edge.server is not None
         edge.server.should_exit = True
         thread.join()
         listener.close()

@@ -2,6 +2,7 @@
 
 import json
 import time
+from collections.abc import Iterator
 
 import pytest
 
@@ -10,6 +11,22 @@ from tierline.server.browser import PAGE_HEADERS, allowed_hosts
 from tierline.server.http import Limits
 
 QUICK = Limits(head_s=0.3, linger_s=0.3, unread_s=0.6, head_bytes_max=8 << 10)
+
+
+@pytest.fixture(scope="module")
+def shared() -> Iterator[Edge]:
+    """One server for the tests that only ask."""
+    with serving(Edge(), QUICK, origins=("https://ours.example",)) as edge:
+        yield edge
+
+
+@pytest.fixture
+def edge(shared: Edge) -> Iterator[Edge]:
+    """That server, idle before and after."""
+    shared.ended.clear()
+    yield shared
+    shared.await_idle()
+    until(lambda: not shared.connections, "the end of every connection")
 
 
 def code(answer: bytes) -> str:
@@ -42,9 +59,9 @@ def code(answer: bytes) -> str:
     ],
 )
 def test_a_head_that_is_late_large_or_wrong_is_told_so(
-    sent: bytes, expected: tuple[int, str]
+    edge: Edge, sent: bytes, expected: tuple[int, str]
 ) -> None:
-    with serving(Edge(), QUICK) as edge, Client(edge.port) as client:
+    with Client(edge.port) as client:
         client.send(sent)
         answer = client.read()
         until(lambda: not edge.connections, "the end of the connection")
@@ -53,9 +70,9 @@ def test_a_head_that_is_late_large_or_wrong_is_told_so(
 
 
 @pytest.mark.parametrize("piece", [b"X: y\r\n", b"\r\n", b"G"])
-def test_a_dripping_head_ends_however_often_it_drips(piece: bytes) -> None:
+def test_a_dripping_head_ends_however_often_it_drips(edge: Edge, piece: bytes) -> None:
     """INV-SRV-40: what counts is progress, not bytes."""
-    with serving(Edge(), QUICK) as edge, Client(edge.port) as client:
+    with Client(edge.port) as client:
         if piece[:1] == b"X":
             client.send(get("/quick")[:-2])
         for _ in range(12):
@@ -82,8 +99,8 @@ def test_without_the_limit_it_would_go_on() -> None:
         assert client.answer()[0] == 200
 
 
-def test_between_requests_a_connection_may_rest() -> None:
-    with serving(Edge(), QUICK) as edge, Client(edge.port) as client:
+def test_between_requests_a_connection_may_rest(edge: Edge) -> None:
+    with Client(edge.port) as client:
         for _ in range(2):
             client.send(get("/quick"))
             assert client.answer()[0] == 200
@@ -107,8 +124,8 @@ def test_one_connection_too_many_is_told_so_and_the_others_are_served() -> None:
             assert fourth.answer()[0] == 200
 
 
-def test_nothing_says_what_it_is_made_of() -> None:
-    with serving(Edge()) as edge, Client(edge.port) as client:
+def test_nothing_says_what_it_is_made_of(edge: Edge) -> None:
+    with Client(edge.port) as client:
         client.send(get("/quick", "Connection: close"))
         head = client.read().lower()
 
@@ -145,16 +162,18 @@ def chunked(*pieces: bytes) -> bytes:
         (chunked(b"{", b"}")[:-5], (408, "request_timeout")),
     ],
 )
-def test_a_body_is_whole_or_refused(sent: bytes, expected: tuple[int, str | None]) -> None:
-    with serving(Edge()) as edge, Client(edge.port) as client:
+def test_a_body_is_whole_or_refused(
+    edge: Edge, sent: bytes, expected: tuple[int, str | None]
+) -> None:
+    with Client(edge.port) as client:
         client.send(sent)
         answered, body = client.answer()
 
     assert (answered, body.get("error", {}).get("code")) == expected
 
 
-def test_a_large_body_is_refused_before_it_is_sent() -> None:
-    with serving(Edge(), QUICK) as edge, Client(edge.port) as client:
+def test_a_large_body_is_refused_before_it_is_sent(edge: Edge) -> None:
+    with Client(edge.port) as client:
         client.send(post("/body", b"", "X: y").replace(b"Length: 0", b"Length: 100000000"))
         answered, body = client.answer()
         started_s = time.monotonic()
@@ -164,8 +183,8 @@ def test_a_large_body_is_refused_before_it_is_sent() -> None:
     assert time.monotonic() - started_s < 5  # and the connection ends, as the body never comes
 
 
-def test_a_body_that_nobody_wanted_is_dropped_and_the_connection_stays() -> None:
-    with serving(Edge(), QUICK) as edge, Client(edge.port) as client:
+def test_a_body_that_nobody_wanted_is_dropped_and_the_connection_stays(edge: Edge) -> None:
+    with Client(edge.port) as client:
         client.send(post("/quick", b"x" * 3_000_000))
         assert client.answer()[0] == 200
         time.sleep(0.5)  # longer than a refused sender is listened to
@@ -198,10 +217,10 @@ def test_a_client_that_leaves_amid_its_body_is_gone() -> None:
         "Content-Length: 99999999999999999999",
     ],
 )
-def test_a_request_with_two_lengths_is_no_request(headers: str) -> None:
+def test_a_request_with_two_lengths_is_no_request(edge: Edge, headers: str) -> None:
     """What follows it is never taken for another request."""
     smuggled = get("/late")
-    with serving(Edge(), QUICK) as edge, Client(edge.port) as client:
+    with Client(edge.port) as client:
         client.send(f"{CHUNKED}{headers}\r\n\r\n".encode() + b"0\r\n\r\n" + smuggled)
         answer = client.read()
 
@@ -210,9 +229,9 @@ def test_a_request_with_two_lengths_is_no_request(headers: str) -> None:
     assert not {"read", "whole"} & set(edge.ended)
 
 
-def test_pipelined_requests_are_answered_in_their_order() -> None:
+def test_pipelined_requests_are_answered_in_their_order(edge: Edge) -> None:
     """Control: two requests that are whole are two."""
-    with serving(Edge()) as edge, Client(edge.port) as client:
+    with Client(edge.port) as client:
         client.send(post("/body", b"{}") + get("/quick", "Connection: close"))
         answers = client.read().split(b"HTTP/1.1 ")[1:]
 
@@ -226,8 +245,8 @@ def events(answer: bytes) -> list[bytes]:
     return [line for line in answer.split(b"\r\n") if line.startswith((b"data", b":"))]
 
 
-def test_a_stream_arrives_whole() -> None:
-    with serving(Edge()) as edge, Client(edge.port) as client:
+def test_a_stream_arrives_whole(edge: Edge) -> None:
+    with Client(edge.port) as client:
         client.send(get("/count", "Connection: close"))
         answer = client.read()
         edge.await_end("whole")
@@ -251,8 +270,8 @@ def test_a_client_that_leaves_ends_its_block_at_once(path: str) -> None:
     assert edge.ended == ["gone"]
 
 
-def test_an_answer_inside_of_a_watched_block_is_no_leaving() -> None:
-    with serving(Edge()) as edge, Client(edge.port) as client:
+def test_an_answer_inside_of_a_watched_block_is_no_leaving(edge: Edge) -> None:
+    with Client(edge.port) as client:
         for _ in range(3):
             client.send(get("/late"))
             assert client.answer()[0] == 200
@@ -270,7 +289,7 @@ def test_a_reader_that_stalls_loses_its_stream_and_nobody_else_does() -> None:
             edge.await_end("stalled")
             until(lambda: not edge.connections, "the end of the connection")
 
-    assert sorted(edge.ended) == ["stalled", "whole"]
+    assert sorted(edge.ended) == ["stalled", "told inside", "whole"]
 
 
 def test_a_slow_reader_is_not_a_stalled_one() -> None:
@@ -322,17 +341,17 @@ def test_a_silent_stream_pings() -> None:
         ("", False),
     ],
 )
-def test_a_rebound_name_reads_nothing(host: str, allowed: bool) -> None:
+def test_a_rebound_name_reads_nothing(edge: Edge, host: str, allowed: bool) -> None:
     """INV-SRV-43."""
-    with serving(Edge()) as edge, Client(edge.port) as client:
+    with Client(edge.port) as client:
         client.send(get("/quick", host=host))
         answered, _ = client.answer()
 
     assert (answered == 200) == allowed
 
 
-def test_a_host_is_sent_exactly_once() -> None:
-    with serving(Edge()) as edge, Client(edge.port) as client:
+def test_a_host_is_sent_exactly_once(edge: Edge) -> None:
+    with Client(edge.port) as client:
         client.send(b"GET /quick HTTP/1.1\r\n\r\n")
         assert client.answer()[0] == 400
         client.send(get("/quick", "Host: localhost"))
@@ -351,8 +370,8 @@ def test_a_host_is_sent_exactly_once() -> None:
         ("https://ours.example", True),
     ],
 )
-def test_a_foreign_page_changes_nothing(origin: str, allowed: bool) -> None:
-    with serving(Edge(), origins=("https://ours.example",)) as edge, Client(edge.port) as client:
+def test_a_foreign_page_changes_nothing(edge: Edge, origin: str, allowed: bool) -> None:
+    with Client(edge.port) as client:
         client.send(post("/body", b"{}", f"Origin: {origin}"))
         answered, _ = client.answer()
 
@@ -372,8 +391,8 @@ def test_a_foreign_page_may_read_only_where_it_is_named() -> None:
     assert shared == [False, True]
 
 
-def test_pages_say_what_they_may_load() -> None:
-    with serving(Edge()) as edge, Client(edge.port) as client:
+def test_pages_say_what_they_may_load(edge: Edge) -> None:
+    with Client(edge.port) as client:
         client.send(get("/quick", "Connection: close"))
         head = client.read().lower()
 

@@ -106,7 +106,7 @@ class EventStream:
         self._stalled_s, self._ping_s = stalled_s, ping_s
         self._loop = asyncio.get_running_loop()
         self._since_s = 0.0  # what it is doing now began then
-        self._sending = False
+        self._sending = self._stalled = False
         self._timer: asyncio.TimerHandle | None = None
         self._ping: asyncio.Task[None] | None = None
 
@@ -141,7 +141,12 @@ class EventStream:
 
     async def _give(self, message: Message) -> None:
         self._since_s, self._sending = self._loop.time(), True
-        await self._send(message)
+        try:
+            await self._send(message)
+        except asyncio.CancelledError:
+            if self._stalled:  # told by its name from here on, also to blocks inside of ours
+                raise Stalled from None
+            raise
         self._sending = False
 
     def _tick(self) -> None:
@@ -152,6 +157,7 @@ class EventStream:
             soon_s = self._loop.time() + self._stalled_s  # another send may block meanwhile
             self._timer = self._loop.call_at(min(due_s, soon_s), self._tick)
         elif self._sending:
+            self._stalled = True
             self._watch.interrupt(Stalled())
         else:
             self._ping = self._loop.create_task(self.write(PING))
