@@ -169,17 +169,20 @@ class Metrics:
             hits = self._numbers["tierline:prefix_hit_tokens_total"]
             hits[self._known(hits, tier)] += cached_tokens
 
-    def first_token(self, level: str, ttft_s: float) -> None:
-        """The first token of an answer."""
+    def first_token(self, level: str, ttft_s: float, tokens: int = 1) -> None:
+        """The first step that gave an answer tokens, which are `tokens`."""
         self._ttft.get(level, self._ttft[OTHER]).observe(ttft_s)
-        self._generated[()] += 1
+        self._generated[()] += tokens
+
+    def token_gap(self, level: str, gap_s: float, tokens: int = 1) -> None:
+        """A further step that gave an answer tokens, `gap_s` seconds after the one before."""
+        self._itl.get(level, self._itl[OTHER]).observe(gap_s)
+        self._generated[()] += tokens
 
     def token_gaps(self, level: str, gaps_s: Sequence[float]) -> None:
-        """One more token for each gap, which is the seconds since the one before it."""
-        histogram = self._itl.get(level) or self._itl[OTHER]
+        """Several gaps at once, one token each."""
         for gap_s in gaps_s:
-            histogram.observe(gap_s)
-        self._generated[()] += len(gaps_s)
+            self.token_gap(level, gap_s)
 
     def finished(
         self,
