@@ -36,6 +36,7 @@ from tierline.catalog import deployment, formats
 from tierline.catalog.gpu import GpuSpec
 from tierline.catalog.gpus import gpu_names, load_gpu
 from tierline.catalog.models import known_models
+from tierline.telemetry import logs, meanings, spans
 from tierline.workload import importers, request
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -233,6 +234,55 @@ def errors_page() -> str:
     )
 
 
+def metrics_page() -> str:
+    """What a running server tells: its metrics, the attributes of its spans, its logs' fields."""
+    head = ("metric", "kind", "unit", "labels", "meaning")
+    rows = {
+        origin: [
+            (f"`{m.name}`", m.kind, m.unit, ", ".join(f"`{x}`" for x in m.labels), m.text)
+            for m in meanings.MEANINGS
+            if m.name.startswith(origin)
+        ]
+        for origin in ("vllm:", "tierline:", "process_")
+    }
+    labels = " and ".join(f"`{label}`" for label in meanings.MODEL_LABELS)
+    return join(
+        [
+            "# Metrics, spans and log fields",
+            "[Observe a server](../guides/observe.md) says how to use them.",
+            "## Metrics that mean the same as vLLM's",
+            f"They have vLLM's names, labels ({labels}, beside those listed) and buckets, so that"
+            " dashboards and alerts made for vLLM work. A histogram has `_bucket`, `_sum` and"
+            " `_count`.",
+            table(head, rows["vllm:"]),
+            "## Metrics of our own",
+            f"They have {labels}, too. `class` is a class of service of the configuration; what is"
+            f" in no configuration is counted as `{meanings.OTHER}`.",
+            table(head, rows["tierline:"]),
+            "## The process",
+            table(head, rows["process_"]),
+            "## Outcomes",
+            "Every request ends in one. Those without vLLM's word are not in `vllm:` metrics.",
+            table(
+                ("outcome", "`finished_reason`"),
+                [(f"`{k}`", f"`{v}`" if v else "") for k, v in meanings.FINISHED_REASONS.items()],
+            ),
+            "## Attributes of spans",
+            "Beside `gen_ai.operation.name`, `gen_ai.provider.name`, `gen_ai.system` and"
+            " `gen_ai.request.model`, as far as a request has them; times are in seconds.",
+            "\n".join(f"- `{name}`" for name in spans.FACTS.values()),
+            "Events: "
+            + ", ".join(spans.EVENTS)
+            + "; with "
+            + ", ".join(f"`{name}`" for name in spans.EVENT_FACTS.values())
+            + " as they have them.",
+            "## Fields of log lines",
+            "Beside `ts`, `level`, `logger` and `message`.",
+            table(("field", "meaning"), [(f"`{k}`", v) for k, v in logs.FIELDS.items()]),
+        ]
+    )
+
+
 PAGES: dict[str, Callable[[], str]] = {
     "cli.md": cli_page,
     "deployment.md": deployment_page,
@@ -241,6 +291,7 @@ PAGES: dict[str, Callable[[], str]] = {
     "models.md": models_page,
     "formats.md": formats_page,
     "errors.md": errors_page,
+    "metrics.md": metrics_page,
 }
 
 

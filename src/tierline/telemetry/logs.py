@@ -44,7 +44,7 @@ FIELDS = {
     "key_id": "which key; never the key",
     "class": "class of service",
     "outcome": "how the request ended",
-    "error": "the type of what went wrong",
+    "error": "what went wrong, or its type",
     "why": "the reason, in our words: no text of a client's",
     "hint": "what to change",
     "status": "of the HTTP answer",
