@@ -174,6 +174,16 @@ def test_what_is_in_no_table_is_our_bug(changes: dict[str, Any]) -> None:
         record_request(tracer, **{**REQUEST, **changes})
 
 
+def test_a_prompt_in_a_table_would_be_seen(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Control."""
+    monkeypatch.setitem(FACTS, "prompt", "gen_ai.prompt")
+    tracer, exporter = sdk()
+    record_request(tracer, **{**REQUEST, "facts": {"prompt": "a secret"}})
+    (span,) = exporter.get_finished_spans()
+
+    assert "a secret" in span.to_json()
+
+
 def test_the_servers_events_and_endpoints_are_known() -> None:
     from tierline.server.life import EVENT_KINDS
     from tierline.telemetry.spans import EVENTS
