@@ -116,8 +116,8 @@ def test_a_bent_executor_changes_tokens(checkpoint, listed, expected, monkeypatc
     else:
         build = Executor._batch
 
-        def shifted(self: Executor, moves: Any, texts: Any) -> Any:
-            batch, sampling = build(self, moves, texts)
+        def shifted(self: Executor, moves: Any, *rest: Any) -> Any:
+            batch, sampling = build(self, moves, *rest)
             batch.positions[:] = np.maximum(batch.positions - 1, 0)
             return batch, sampling
 

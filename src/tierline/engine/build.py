@@ -122,7 +122,7 @@ def open_engine(
     tables = Tables(cut, sequences_max=options.sequences_max, tokens_max=positions)
     assert isinstance(scheduler.names, BlockNames)
     return Engine(
-        Executor(network, arena, scheduler.names, tables),
+        Executor(network, arena, scheduler.names, tables, hidden=decoder.hidden),
         scheduler,
         clock=clock or SystemClock(),
         vocabulary=decoder.vocabulary,
@@ -315,7 +315,7 @@ def _scheduler(
     return assemble(
         layout=layout,
         pages_total=pages,
-        line=StepLine(cost, tokens_max=batch + options.sequences_max),
+        line=StepLine(cost, tokens_max=max(batch, limits.chunk_grain) + options.sequences_max),
         policy=policy,
         limits=limits,
         block_bytes=layout.pages_per_block * layout.page_bytes,

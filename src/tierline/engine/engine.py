@@ -16,6 +16,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
+import numpy as np
 import torch
 
 from tierline.base.clock import FOREVER_PS, PS_PER_S
@@ -99,6 +100,7 @@ class Engine:
         self._requests = self._sequences = 0
         self._generations: dict[int, Generation] = {}  # by sequence
         self._texts: dict[int, list[int]] = {}
+        self._pooled: set[int] = set()  # sequences whose states are summed, not sampled from
         self._open: dict[int, list[Generation]] = {}  # by request, answers that go on
 
     # --- requests ---------------------------------------------------------------------------
@@ -115,8 +117,12 @@ class Engine:
         arrival_ps: int | None = None,
         grammar: Grammar | None = None,
         refuses: bool = False,
+        pooled: bool = False,
     ) -> int:
         """Take a request in; the answer is the number that its deltas carry.
+
+        One that is `pooled` generates nothing: its only delta has the `embedding`, the mean of
+        the last layer's normed states over all tokens of the prompt, at length 1.
 
         A lower `rank` is a more urgent class; `ttft_s` and `itl_s` are promises that the scheduler
         keeps if it can, from `arrival_ps` (now) on; tenants share no cached prefixes.  Every
@@ -127,10 +133,13 @@ class Engine:
         self._require(prompt)
         if params.max_tokens == 0:
             raise RequestError("max_tokens is 0: nothing to generate", hint="ask for one at least")
+        assert not pooled or (params.n == 1 and grammar is None)
         now_ps = self.clock.now_ps() if arrival_ps is None else arrival_ps
         room = self.positions_max - len(prompt)
         most = room if params.max_tokens is None else min(params.max_tokens, room)
-        chain = self._chain(prompt, tenant)
+        if pooled:
+            most = 1  # which is not sampled; the scheduler knows no answers without a token
+        chain = None if pooled else self._chain(prompt, tenant)  # cached tokens have no states
         request_id = self._requests
         generations = []
         for index in range(params.n):
@@ -158,6 +167,8 @@ class Engine:
         self._sequences += params.n
         self._open[request_id] = generations
         self._enter(first)
+        if pooled:
+            self._pooled.add(first.sequence.id)
         return request_id
 
     def predicted_ttft_s(self, prompt_tokens: int, *, rank: int = 0) -> float:
@@ -274,6 +285,28 @@ class Engine:
         self._generations[g.sequence.id] = g
         self._texts[g.sequence.id] = g.tokens
 
+    # --- what an operator asks for, between steps ---------------------------------------------
+
+    def reset_cache(self) -> int:
+        """Forget every cached block that nobody holds; how many they were."""
+        return self.scheduler.reset_cache()
+
+    def resize_kv(self, kv_bytes: int) -> int:
+        """Use so many bytes for the cache from now on, whole pages of them: the answer.
+
+        Up to what was allocated; less keeps the rest unused.  Nobody is preempted.  Raises
+        `DoesNotFitError`, and changes nothing, where who is here would not fit any more.
+        """
+        layout = self.scheduler.layout
+        pages = kv_bytes // layout.page_bytes
+        self.scheduler.resize(pages)
+        self.facts = replace(
+            self.facts,
+            kv_bytes=pages * layout.page_bytes,
+            kv_tokens=pages // layout.pages_per_block * layout.block_tokens,
+        )
+        return self.facts.kv_bytes
+
     # --- a step -----------------------------------------------------------------------------
 
     def step(self) -> list[Delta]:
@@ -286,11 +319,16 @@ class Engine:
         if step.empty:
             return []
         try:
-            sampled, generations = self._sample(*self.executor.compute(step, self._texts))
+            computed = self.executor.compute(step, self._texts, self._pooled)
+            sampled, generations = self._sample(*computed)
         except OUT_OF_MEMORY:
             return self._out_of_memory(step)
         now_ps = self.clock.now_ps()
         deltas = [self._push(g, sampled, at, now_ps) for at, g in enumerate(generations)]
+        if self._pooled:
+            whole = self._pooled_by(step)
+            deltas += [self._embedded(g, now_ps) for g in whole]
+            generations += whole
         sample = self._sample_of(step, start_ps, now_ps) if self._watch else None
         self._account(step, deltas, generations, now_ps)
         if self._watch and sample:
@@ -352,6 +390,24 @@ class Engine:
             self._masks = ThreadPoolExecutor(1, thread_name_prefix="masks")
         assert g.matcher is not None
         g.mask = self._masks.submit(g.matcher.mask, g.output_max_tokens - g.output_tokens)
+
+    def _pooled_by(self, step: Step) -> list[Generation]:
+        """Whose states are all summed once the step is accounted."""
+        return [
+            self._generations[s.id]
+            for s, count in step.chunks
+            if s.id in self._pooled and s.cached_tokens + count == s.target_tokens
+        ]
+
+    def _embedded(self, g: Generation, now_ps: int) -> Delta:
+        """The only delta of a pooled request."""
+        self.admission.first_token(g.sequence, now_ps)
+        mean = self.executor.mean(g.sequence)
+        embedding = (mean / mean.norm()).cpu().numpy()
+        if not np.isfinite(embedding).all():
+            error = "the embedding is not finite"
+            return self._delta(g, now_ps, finish_reason="error", error=error)
+        return self._delta(g, now_ps, embedding=embedding, finish_reason="stop")
 
     def _push(self, g: Generation, sampled: Sampled, at: int, now_ps: int) -> Delta:
         """One token of one answer: its text, and whether it was the last."""
@@ -477,6 +533,7 @@ class Engine:
     def _close(self, g: Generation) -> None:
         self._generations.pop(g.sequence.id, None)
         self._texts.pop(g.sequence.id, None)
+        self._pooled.discard(g.sequence.id)
         others = self._open.get(g.request_id, [])
         if g in others:
             others.remove(g)

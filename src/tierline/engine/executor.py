@@ -8,10 +8,11 @@ Whoever decodes stands before whoever computes a prompt, each in the scheduler's
 batch is a function of the step alone.
 
 Invariants
-    INV-ENG-3  no memory or scheduling feature changes the tokens of a greedy request
+    INV-ENG-3   no memory or scheduling feature changes the tokens of a greedy request
+    INV-ENG-40  a pooled prompt's mean is over all its tokens, computed in this stay
 """
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from itertools import accumulate
 from typing import Protocol
 
@@ -19,7 +20,7 @@ import numpy as np
 import torch
 
 from tierline.engine.arena import Arena
-from tierline.engine.batch import Batch, Tables
+from tierline.engine.batch import NOBODY, Batch, Tables
 from tierline.kv.names import BlockNames
 from tierline.kv.table import Copy
 from tierline.scheduling.sequence import Sequence
@@ -30,7 +31,7 @@ class Network(Protocol):
     """Weights that turn a batch into logits: `network.Network`, or `native_step.NativeNetwork`."""
 
     def logits(self, batch: Batch, arena: Arena) -> torch.Tensor:
-        """[R, vocabulary] float32, for the wanted rows; writes the cache on the way."""
+        """[R, vocabulary] float32, for the wanted rows; writes the cache, adds to the sums."""
         ...
 
 
@@ -50,25 +51,47 @@ def advances(step: Step) -> list[Advance]:
 class Executor:
     """One network, one arena, and the tables between them."""
 
-    __slots__ = ("_block", "arena", "names", "network", "tables")
+    __slots__ = ("_block", "_hidden", "_sums", "arena", "names", "network", "tables")
 
-    def __init__(self, network: Network, arena: Arena, names: BlockNames, tables: Tables) -> None:
+    def __init__(
+        self, network: Network, arena: Arena, names: BlockNames, tables: Tables, *, hidden: int
+    ) -> None:
+        """`hidden` is the width of the network's states."""
         self.network, self.arena, self.names, self.tables = network, arena, names, tables
-        self._block = arena.geometry.layout.block_tokens
+        self._block, self._hidden = arena.geometry.layout.block_tokens, hidden
+        self._sums: dict[int, torch.Tensor] = {}  # of pooled sequences, over what is cached
 
     def compute(
-        self, step: Step, texts: Mapping[int, list[int]]
+        self, step: Step, texts: Mapping[int, list[int]], pooled: Collection[int] = ()
     ) -> tuple[list[Sequence], torch.Tensor]:
         """Sequences that sample now, and their logits [R, vocabulary].
 
-        `texts` are the tokens of every sequence, prompt and output.  On an out-of-memory
-        error nothing is accounted and `undo` makes the step not have been.
+        `texts` are the tokens of every sequence, prompt and output; those of `pooled` have
+        their states summed and do not sample.  On an out-of-memory error nothing is accounted
+        and `undo` makes the step not have been.
         """
         moves = advances(step)
         self._bind(moves)
-        batch, sampling = self._batch(moves, texts)
+        batch, sampling = self._batch(moves, texts, pooled)
+        summed = [moves[at] for at in batch.pooled]
+        if summed:
+            batch.sums = torch.stack([self._sum(s, done) for s, done, _ in summed])
         with torch.inference_mode():
-            return sampling, self.network.logits(batch, self.arena)
+            logits = self.network.logits(batch, self.arena)
+        if batch.sums is not None:
+            for (s, _, _), own in zip(summed, batch.sums, strict=True):
+                self._sums[s.id] = own
+        return sampling, logits
+
+    def mean(self, sequence: Sequence) -> torch.Tensor:
+        """[hidden] float32: the mean state of a pooled sequence whose prompt is computed."""
+        return self._sums[sequence.id] / sequence.prompt_tokens
+
+    def _sum(self, s: Sequence, done: int) -> torch.Tensor:
+        """Over the tokens before `done`: whoever comes back after a preemption starts anew."""
+        if done:
+            return self._sums[s.id]  # cached tokens have no states: not from another's blocks
+        return torch.zeros(self._hidden, device=self.arena.data.device)
 
     def undo(self, step: Step) -> None:
         """The step was not computed: what was named for it is free again."""
@@ -80,6 +103,7 @@ class Executor:
     def leave(self, sequence: Sequence) -> None:
         """The sequence is gone, or was preempted."""
         self.tables.drop(sequence.id)
+        self._sums.pop(sequence.id, None)
 
     def _bind(self, moves: list[Advance]) -> None:
         """Name the blocks that the step writes (INV-KV-2: each has one holder)."""
@@ -93,20 +117,23 @@ class Executor:
         self.arena.copy(copies)
 
     def _batch(
-        self, moves: list[Advance], texts: Mapping[int, list[int]]
+        self, moves: list[Advance], texts: Mapping[int, list[int]], pooled: Collection[int]
     ) -> tuple[Batch, list[Sequence]]:
         tokens: list[int] = []
         slots: list[int] = []
         wanted: list[int] = []
+        summed: list[int] = []
         sampling: list[Sequence] = []
-        for s, done, count in moves:
+        for at, (s, done, count) in enumerate(moves):
             text = texts[s.id]
             if count == 1:
                 tokens.append(text[done])
             else:
                 tokens += text[done : done + count]
             slots.append(self.tables.sync(self.names, s.id))
-            if done + count == len(text):  # all that is known is cached: the next is sampled
+            if pooled and s.id in pooled:
+                summed.append(at)
+            elif done + count == len(text):  # all that is known is cached: the next is sampled
                 wanted.append(len(tokens) - 1)
                 sampling.append(s)
         before = np.array([done for _, done, _ in moves], dtype=np.int32)
@@ -122,5 +149,6 @@ class Executor:
             lengths=lengths,
             tables=self.tables.rows(slots, -(-int(lengths.max()) // self._block)),
             wanted=np.array(wanted, dtype=np.int32),
+            pooled=np.array(summed, dtype=np.int32) if summed else NOBODY,
         )
         return batch, sampling

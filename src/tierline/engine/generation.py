@@ -7,7 +7,9 @@ from concurrent.futures import Future
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from tierline.engine.sampling import SamplingParams
 from tierline.scheduling.sequence import Sequence
@@ -80,6 +82,7 @@ class Delta:
     index: int
     token_ids: tuple[int, ...]
     text: str
+    embedding: NDArray[np.float32] | None = None  # [hidden], of length 1: of a pooled request
     logprobs: tuple[TokenLogprob, ...] = ()
     finish_reason: str | None = None  # "stop", "length", "cancelled" or "error"
     stop: str | int | None = None  # the string or token that ended it

@@ -9,8 +9,9 @@ Activations are float32 between products and attention; a product rounds its inp
 unless its weights are float32.  The structures below are those of step.h.
 
 Invariants
-    INV-ENG-8  a row's logits are the same, bit for bit, whatever else is in the batch and
-               however its prompt was cut into chunks
+    INV-ENG-8   a row's logits are the same, bit for bit, whatever else is in the batch and
+                however its prompt was cut into chunks
+    INV-ENG-41  the same of a pooled prompt's mean
 """
 
 import ctypes

@@ -63,7 +63,7 @@ class Network:
 
     @torch.inference_mode()
     def logits(self, batch: Batch, arena: Arena) -> torch.Tensor:
-        """Run the step, write its keys and values, add to its sums; float32 logits [R, vocabulary]."""
+        """Run the step: float32 logits [R, vocabulary]; writes the cache, adds to the sums."""
         decoder = self.decoder
         x = functional.embedding(batch.tensor("tokens", self.device), self.embed)
         if decoder.embedding_scale != 1:
@@ -219,11 +219,10 @@ class _Layer:
 def _pooled(x: torch.Tensor, batch: Batch, sums: torch.Tensor) -> torch.Tensor:
     """Add the states of pooled sequences to their sums; the wanted rows of those that were kept."""
     kept = batch.kept
-    owner = np.searchsorted(batch.starts, kept, side="right") - 1
-    into = np.searchsorted(batch.pooled, owner).clip(max=len(batch.pooled) - 1)
-    rows = np.flatnonzero(batch.pooled[into] == owner)
-    there, at = (torch.from_numpy(each).to(x.device) for each in (into[rows], rows))
-    sums.index_add_(0, there, x[at].float())
+    firsts = np.searchsorted(kept, batch.starts[batch.pooled])  # all rows of a sequence are kept
+    counts = (batch.starts[1:] - batch.starts[:-1])[batch.pooled]
+    for own, first, count in zip(sums, firsts, counts, strict=True):
+        own += x[first : first + count].float().sum(0)
     return x[torch.from_numpy(np.searchsorted(kept, batch.wanted)).to(x.device)]
 
 

@@ -213,6 +213,12 @@ class BlockNames:
         """What was leaving has been written back, or is not needed."""
         self._give_back(self._leaving.pop(run))
 
+    # The pool
+
+    def resize(self, pages: int) -> None:
+        """So many pages may be in use from now on; what is taken away must be free."""
+        self.pool.withhold(self.pool.blocks_total - pages)
+
     def _give_back(self, pages_by_group: list[list[int]]) -> None:
         for pages in pages_by_group:
             for page in reversed(pages):

@@ -7,8 +7,10 @@ runs ask; neither keeps a free list of its own.
 The block given back last is handed out first: it is the one most likely still in a cache,
 and equal histories give equal names.
 
+Some blocks may be withheld: they are there and nobody gets them, until they are let out.
+
 Invariants
-    INV-KV-1  every block is free xor held, and the free list holds none twice
+    INV-KV-1  every block is free, held or withheld, and never listed twice
 """
 
 
@@ -18,17 +20,23 @@ class BlockPool:
     `take` is all or nothing: on None nothing changed, so callers never undo.
     """
 
-    __slots__ = ("_free", "_holders")
+    __slots__ = ("_free", "_holders", "_withheld")
 
     def __init__(self, blocks_total: int) -> None:
         assert blocks_total > 0
         self._holders = [0] * blocks_total
         self._free = list(range(blocks_total - 1, -1, -1))
+        self._withheld: list[int] = []
 
     @property
     def blocks_total(self) -> int:
-        """Blocks there are."""
+        """Blocks there are, withheld ones among them."""
         return len(self._holders)
+
+    @property
+    def blocks_withheld(self) -> int:
+        """Blocks that nobody gets."""
+        return len(self._withheld)
 
     @property
     def blocks_free(self) -> int:
@@ -65,10 +73,26 @@ class BlockPool:
         if holders == 1:
             self._free.append(block)
 
+    def withhold(self, count: int) -> None:
+        """Withhold `count` blocks in all from now on; those to be added must be free.
+
+        The free ones that were used longest ago go first, and come back as such.
+        """
+        more = count - len(self._withheld)
+        assert 0 <= count < len(self._holders)
+        assert more <= len(self._free), "only free blocks can be withheld"
+        if more > 0:
+            self._withheld += self._free[:more]
+            del self._free[:more]
+        else:
+            self._free[:0] = self._withheld[count:]
+            del self._withheld[count:]
+
     def check(self) -> None:
-        """INV-KV-1: every block is free xor held, and none is listed twice."""
-        assert len(set(self._free)) == len(self._free)
-        for block in self._free:
+        """INV-KV-1: every block is free, held or withheld, and none is listed twice."""
+        idle = self._free + self._withheld
+        assert len(set(idle)) == len(idle)
+        for block in idle:
             assert self._holders[block] == 0
-        assert self._holders.count(0) == len(self._free)
+        assert self._holders.count(0) == len(idle)
         assert min(self._holders) >= 0

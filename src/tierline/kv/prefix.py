@@ -102,6 +102,10 @@ class Names(Protocol):
         """Device blocks for a run that is being loaded."""
         ...
 
+    def resize(self, pages: int) -> None:
+        """So many device pages may be in use from now on; the scheduler has made room."""
+        ...
+
 
 class Run:
     """Consecutive blocks of one chain that are cached together."""
@@ -808,6 +812,17 @@ class PrefixIndex:
         """A tier has more or less room from now on; it holds no more than that."""
         assert self.tiers[tier].stored_blocks <= blocks
         self.tiers[tier].capacity_blocks = blocks
+        self.epoch += 1
+
+    def resize_device(self, pages: int) -> None:
+        """The device has more or fewer pages from now on; what is taken away must be free."""
+        more = pages - self.pages.total
+        assert self.pages.free + more >= 0, "only free pages can be taken away"
+        self.pages.total += more
+        self.pages.free += more
+        if self.names is not None:
+            self.names.resize(pages)
+        self._grains[DEVICE] = self.capacity_blocks(DEVICE) // MOVED_AT_ONCE
         self.epoch += 1
 
     def _left(self, run: Run) -> None:

@@ -20,6 +20,8 @@ Invariants
     INV-SCHED-5  pages: free + held + cached + on their way = total, after every call
     INV-SCHED-6  a refusal changes no state
     INV-SCHED-7  a sequence is in exactly one of waiting, loading, prefilling, decoding, done
+    INV-ENG-42   a reset forgets what nobody holds, and nothing else
+    INV-ENG-43   a resize leaves room for everybody who was accepted, or changes nothing
 """
 
 from bisect import bisect_right
@@ -95,6 +97,7 @@ class Scheduler:
         "_most_tokens",
         "_now_ps",
         "_padding",
+        "_pages_most",
         "_plain",
         "_promised_pages",
         "_room",
@@ -167,9 +170,9 @@ class Scheduler:
         self._growth_total = 0
         self._saturating: list[tuple[int, int, int]] = []  # (tick, sequence, pages) of windows
         self._sizer = ChunkSizer(tokens_min=limits.chunk_tokens_min, grain=limits.chunk_grain)
-        self._batch_evicted = max(1, pages.total // EVICTED_AT_ONCE // self._block_pages)
+        self._pages_most = pages.total  # that were ever there
         self._tiered = index.last_tier != DEVICE
-        self._low_pages = self._batch_evicted * self._block_pages if self._tiered else 0
+        self._measure_memory()
         self._fair: FairShare | None = None
         if policy.debt_max_tokens and tenant_weights is not None:
             self._fair = FairShare(tenant_weights, debt_max_tokens=policy.debt_max_tokens)
@@ -199,7 +202,7 @@ class Scheduler:
         self.require_fit(sequence)
         if self._windows and sequence.chain is not None:
             tokens = sequence.prompt_tokens + sequence.output_max_tokens
-            if -(-tokens // self._block) * self._block_pages > self.pages.total:
+            if self._whole_pages(tokens) > self.pages.total:
                 sequence.chain = None  # cached blocks keep all groups: it could fill the memory
         self.place(sequence)
         if self._fair is not None:
@@ -383,8 +386,58 @@ class Scheduler:
         if not self._windows:
             return held
         chunk = min(self.limits.chunk_tokens, self.limits.batch_tokens)
-        whole = -(-tokens // self._block) * self._block_pages + self.layout.state_pages
+        whole = self._whole_pages(tokens) + self.layout.state_pages
         return min(whole, held + -(-chunk // self._block) * self._block_pages)
+
+    def _whole_pages(self, tokens: int) -> int:
+        """Pages of all groups for so many tokens, as cached blocks keep them."""
+        return -(-tokens // self._block) * self._block_pages
+
+    # --- what an operator asks for, between steps ---------------------------------------------
+
+    def reset_cache(self) -> int:
+        """Forget every block that is cached on the device and that nobody holds; how many."""
+        return self.index.evict(DEVICE, self.index.evictable_blocks, write_back=False)
+
+    def resize(self, pages: int) -> None:
+        """Have so many device pages from now on, at most those of the beginning.
+
+        Cached blocks are forgotten for it, and nobody is preempted.  Raises `DoesNotFitError`,
+        and changes nothing, when somebody who was accepted would not fit any more.
+        """
+        self._require_room(pages)
+        self._reclaim(self.pages.total - pages)
+        self.index.resize_device(pages)
+        self._measure_memory()
+
+    def _require_room(self, pages: int) -> None:
+        page_bytes, most = self.layout.page_bytes, self._pages_most
+        here = [*self.decoding.values(), *self.prefilling.values(), *self.loading.values()]
+        longest = max((self._promised(s) for s in [*here, *self.queue.everybody()]), default=0)
+        for what, needed, available, hint in (
+            ("the cache", pages, most, "restart with more KV memory"),
+            ("a block", self._block_pages + self.layout.state_pages, pages, "leave it more"),
+            ("what is running", self.pages.total - self._obtainable(), pages, "wait for it to end"),
+            ("the longest answer that was promised", longest, pages, "wait for it to end"),
+        ):
+            if needed > available:
+                raise DoesNotFitError(
+                    what,
+                    needed_bytes=needed * page_bytes,
+                    available_bytes=available * page_bytes,
+                    hint=hint,
+                )
+
+    def _promised(self, s: Sequence) -> int:
+        """Pages without which `s` might never come to its end."""
+        if self._windows and s.chain is not None:
+            return self._whole_pages(s.prompt_tokens + s.output_max_tokens)
+        return self._most_pages(s)
+
+    def _measure_memory(self) -> None:
+        """What follows from how much memory there is."""
+        self._batch_evicted = max(1, self.pages.total // EVICTED_AT_ONCE // self._block_pages)
+        self._low_pages = self._batch_evicted * self._block_pages if self._tiered else 0
 
     def _debt_ps(self, sequence: Sequence) -> int:
         """What a tenant above its share falls back by: fixed now, so that heaps stay sorted.
@@ -1157,7 +1210,7 @@ class Scheduler:
 
     def _finish(self, s: Sequence, now_ps: int) -> None:
         s.state, s.finish_ps = DONE, now_ps
-        if self.policy.foresees:
+        if self.policy.foresees and s.output_max_tokens > 1:  # of one at most nothing is learned
             self._ended.append((s.rank, s.tenant, s.prompt_tokens, s.generated_tokens))
         if self.policy.gathers:
             self._padding = self._padding + 1 if self.decoding else 0
