@@ -22,7 +22,7 @@ from states import fill, key, make_room, until, usage, with_state
 from tierline.base.clock import PS_PER_S
 from tierline.base.errors import DependencyError, InputError, TierlineError
 from tierline.server import state as state_module
-from tierline.server.database import FILE_NAME, SCHEMA
+from tierline.server.database import FILE_NAME, LOG_NAME, SCHEMA
 from tierline.server.life import Life
 from tierline.server.state import State, Usage, usage_of
 
@@ -573,6 +573,46 @@ def test_with_room_the_folder_opens(tmp_path: Path) -> None:
     mount = f"mount -t tmpfs -o size=2m none {tmp_path}"
 
     assert in_a_process(IN_FOLDER.format(folder=str(tmp_path)), shell=mount) == "opened\n"
+
+
+def test_what_is_acknowledged_is_synced_a_moment_later(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A power cut costs `SYNC_S` at most: the log is synced after a write, and not without one."""
+    synced: list[str] = []
+    fsync = os.fsync
+
+    def counted(file: int) -> None:
+        synced.append(os.readlink(f"/proc/self/fd/{file}"))
+        fsync(file)
+
+    monkeypatch.setattr(state_module, "SYNC_S", 0.01)
+    monkeypatch.setattr(os, "fsync", counted)
+
+    async def work(state: State) -> Any:
+        await asyncio.sleep(0.1)
+        before = len(synced)
+        await state.record(usage())
+        await until(lambda: bool(synced))
+        return before
+
+    assert with_state(work, tmp_path) == 0
+    assert synced == [str(tmp_path / LOG_NAME)]
+
+
+def test_a_sync_that_fails_is_trouble(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(file: int) -> None:
+        raise OSError(5, "Input/output error")
+
+    monkeypatch.setattr(state_module, "SYNC_S", 0.01)
+    monkeypatch.setattr(os, "fsync", broken)
+
+    async def work(state: State) -> Any:
+        await state.record(usage())
+        await until(lambda: bool(state.trouble))
+        return state.trouble
+
+    assert with_state(work, tmp_path) == "usage cannot be recorded: Input/output error"
 
 
 def test_recording_does_not_wait_for_the_disk() -> None:

@@ -22,6 +22,7 @@ from typing import IO
 from tierline.base.errors import DependencyError, InputError, TierlineError
 
 FILE_NAME = "tierline.sqlite3"
+LOG_NAME = f"{FILE_NAME}-wal"  # what SQLite has committed since its last checkpoint
 LOCK_NAME = "tierline.lock"
 SCHEMA = 1  # of the tables below, in `user_version`
 APPLICATION = 0x71E51113  # in `application_id`: this file is ours
@@ -136,8 +137,8 @@ def lock_folder(folder: Path) -> IO[str]:
 def connect(folder: Path | None) -> sqlite3.Connection:
     """The database of a locked folder, ready to be written by one thread; None: in memory.
 
-    A statement is a transaction of its own, and is on the disk when it returns: WAL with a sync
-    at every commit, which groups of records share.  Raises `InputError` (the file is not ours, or
+    A statement is a transaction of its own, and has outlived the process when it returns.  The
+    machine it outlives once `LOG_NAME` was synced.  Raises `InputError` (the file is not ours, or
     newer) or `DependencyError` (it cannot be read or written).
     """
     path = Path(":memory:") if folder is None else folder / FILE_NAME
@@ -179,7 +180,7 @@ def _prepare(connection: sqlite3.Connection, path: Path) -> None:
             hint="use that version, or another data folder",
         )
     connection.execute("PRAGMA journal_mode = WAL")
-    connection.execute("PRAGMA synchronous = FULL")
+    connection.execute("PRAGMA synchronous = NORMAL")
     if not tables:
         connection.executescript(
             f"BEGIN; {TABLES} PRAGMA application_id = {APPLICATION};"

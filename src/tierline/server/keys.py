@@ -16,7 +16,6 @@ Invariants
     INV-SRV-15  once a key was made, nobody is served without one
 """
 
-import hashlib
 import hmac
 import os
 import re
@@ -248,7 +247,7 @@ class Keys:
         return found
 
     def _digest(self, text: str) -> bytes:
-        return hmac.digest(self._pepper, text.encode("utf-8", "replace"), hashlib.sha256)
+        return hmac.digest(self._pepper, text.encode("utf-8", "replace"), "sha256")
 
     def _new(self, key_id: str, text: str, *, tenant: str, name: str) -> Key:
         return Key(

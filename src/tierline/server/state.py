@@ -1,16 +1,18 @@
 """What outlives a process: usage records, API keys, and the history of runs.
 
-`State` owns one SQLite database (`database`) and the one thread that touches it.  The event loop
+`State` owns one SQLite database (`database`) and the only thread that touches it.  The event loop
 hands it records and never waits: the thread takes whatever has come meanwhile, writes it as one
-statement, which is one transaction and one sync of the disk, and only then acknowledges.  A group
-is one statement for the loop's sake too: a thread asks for the interpreter after each.
+statement, which is one transaction, and only then acknowledges.  A group is one statement for the
+loop's sake too: a thread asks for the interpreter after each.  What is acknowledged outlives the
+process at once, and the machine a second later: a sync at every commit would hold up answers for
+as long as the disk takes, so a second thread syncs what was written meanwhile.
 
 While the disk refuses, records are kept and tried again, `trouble` says why, and it clears by
 itself.  What is kept has an end: from `DOORS_CLOSE` records on `full` asks the doors to close,
 and past `KEPT_MAX` a record is dropped, counted, and its writer told.
 
 Invariants
-    INV-SRV-10  an acknowledged record is on the disk: `kill -9` loses none
+    INV-SRV-10  an acknowledged record is committed: `kill -9` loses none
     INV-SRV-11  a request id is counted once, whoever records it again
     INV-SRV-12  what a key has spent is the sum of its records
 """
@@ -18,6 +20,7 @@ Invariants
 import asyncio
 import contextlib
 import json
+import os
 import sqlite3
 import threading
 from collections.abc import Callable, Mapping, Sequence
@@ -31,7 +34,7 @@ import orjson
 
 from tierline.base.errors import DependencyError
 from tierline.base.names import reject_unknown_keys
-from tierline.server.database import connect, lock_folder
+from tierline.server.database import LOG_NAME, connect, lock_folder
 from tierline.server.life import Life
 
 T = TypeVar("T")
@@ -40,6 +43,7 @@ GROUP_MAX = 1000  # records in a transaction
 KEPT_MAX = 100_000  # records that wait for the disk, at most; some 50 MB
 DOORS_CLOSE = 90_000
 PAUSE_S, PAUSE_S_MAX = 0.05, 1.0  # between attempts while the disk refuses
+SYNC_S = 1.0  # what a power cut may cost
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -167,8 +171,11 @@ class State:
         self._waiting = 0
         self._inbox: SimpleQueue[tuple[Usage | Ask, asyncio.Future[Any]] | None] = SimpleQueue()
         self._closing = threading.Event()
-        self._thread = threading.Thread(target=self._serve, name="state", daemon=True)
-        self._thread.start()
+        self._unsynced = False
+        work = [self._serve] if folder is None else [self._serve, self._sync]
+        self._threads = [threading.Thread(target=w, name="state", daemon=True) for w in work]
+        for thread in self._threads:
+            thread.start()
 
     @classmethod
     def open(cls, path: Path | None) -> "State":
@@ -182,7 +189,7 @@ class State:
     # --- usage ------------------------------------------------------------------------------
 
     def record(self, usage: Usage) -> "asyncio.Future[bool]":
-        """Keep a record: True once it is on the disk, False if it never will be.
+        """Keep a record: True once it is committed, False if it never will be.
 
         Need not be awaited.  Its tokens count as spent at once.
         """
@@ -284,7 +291,8 @@ class State:
             with contextlib.suppress(DependencyError):  # it will be found to have been killed
                 await self._rows(end, ended, now_s, self._run)
         self._inbox.put(None)
-        await asyncio.to_thread(self._thread.join)
+        for thread in self._threads:
+            await asyncio.to_thread(thread.join)
         self._connection.close()
         if self._lock is not None:
             self._lock.close()
@@ -409,7 +417,22 @@ class State:
             self.trouble = f"usage cannot be recorded: {error}"
             return False
         self.trouble = ""
+        self._unsynced = True
         return True
+
+    def _sync(self) -> None:
+        """On the second thread: what was written outlives a power cut, too."""
+        assert self.folder is not None
+        log = os.open(self.folder / LOG_NAME, os.O_RDONLY)
+        while not self._closing.wait(SYNC_S):
+            if self._unsynced:
+                self._unsynced = False
+                try:
+                    os.fsync(log)
+                except OSError as error:
+                    self._unsynced = True
+                    self.trouble = f"usage cannot be recorded: {error.strerror}"
+        os.close(log)
 
     def _tell(self, group: Sequence[Given], *, written: bool) -> None:
         if group:
