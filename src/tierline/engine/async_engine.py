@@ -40,15 +40,23 @@ class Stream:
     async def __aiter__(self) -> AsyncIterator[Delta]:
         """Until every answer has ended; whoever leaves early cancels the rest."""
         try:
-            while self._left:
-                delta = await self._queue.get()
-                if isinstance(delta, BaseException):
-                    self._left = 0
-                    raise delta
-                self._left -= delta.finish_reason is not None
-                yield delta
+            while deltas := await self.some():
+                for delta in deltas:
+                    yield delta
         finally:
             self.close()
+
+    async def some(self) -> list[Delta]:
+        """All that has come and was not read, one delta at least; none once all have ended."""
+        deltas: list[Delta] = []
+        while self._left and (not deltas or not self._queue.empty()):
+            delta = await self._queue.get()
+            if isinstance(delta, BaseException):
+                self._left = 0
+                raise delta
+            self._left -= delta.finish_reason is not None
+            deltas.append(delta)
+        return deltas
 
     def close(self) -> None:
         """Nobody reads on: what is not finished is cancelled."""
@@ -98,10 +106,20 @@ class AsyncEngine:
                 self.engine.cancel(request_id)
             self._end(DependencyError("the engine was stopped"))
 
-    async def add(self, prompt: Sequence[int], params: SamplingParams, **service: Any) -> Stream:
-        """Take a request in (`Engine.add`); raises what that raises."""
+    async def add(
+        self,
+        prompt: Sequence[int],
+        params: SamplingParams,
+        *,
+        named: Callable[[int], None] | None = None,
+        **service: Any,
+    ) -> Stream:
+        """Take a request in (`Engine.add`); raises what that raises.
+
+        `named` is told its number on the event loop, before any sample or delta of it comes.
+        """
         entered = self._entry()
-        self._inbox.put(lambda: self._enter(entered, prompt, params, service))
+        self._inbox.put(lambda: self._enter(entered, prompt, params, named, service))
         try:
             stream: Stream = await entered
             return stream
@@ -167,6 +185,7 @@ class AsyncEngine:
         entered: "asyncio.Future[Stream]",
         prompt: Sequence[int],
         params: SamplingParams,
+        named: Callable[[int], None] | None,
         service: dict[str, Any],
     ) -> None:
         try:
@@ -174,7 +193,7 @@ class AsyncEngine:
         except Exception as error:
             self._call(self._refused, entered, error)
         else:
-            self._call(self._entered, entered, request_id, params.n)
+            self._call(self._entered, entered, request_id, params.n, named)
 
     def _answer(self, asked: "asyncio.Future[T]", function: Callable[[], T]) -> None:
         try:
@@ -203,8 +222,16 @@ class AsyncEngine:
 
     # --- on the event loop ------------------------------------------------------------------
 
-    def _entered(self, entered: "asyncio.Future[Stream]", request_id: int, answers: int) -> None:
+    def _entered(
+        self,
+        entered: "asyncio.Future[Stream]",
+        request_id: int,
+        answers: int,
+        named: Callable[[int], None] | None,
+    ) -> None:
         stream = self._streams[request_id] = Stream(self, request_id, answers)
+        if named is not None:
+            named(request_id)
         if entered.cancelled():
             stream.close()
         else:

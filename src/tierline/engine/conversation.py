@@ -28,6 +28,11 @@ class Chat:
             return None
         return cls(tokenizer, template, chat_template(checkpoint, tools=True) or template)
 
+    @property
+    def template(self) -> str:
+        """The template for conversations with tools."""
+        return self._tool_template
+
     def text(
         self,
         messages: Messages,

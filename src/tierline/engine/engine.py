@@ -38,6 +38,7 @@ from tierline.scheduling.sequence import Sequence as Scheduled
 from tierline.scheduling.step import Step
 
 OUT_OF_MEMORY = (torch.OutOfMemoryError, MemoryError)
+Chunks = tuple[tuple[int, int, int], ...]
 BATCH_TOKENS_LEAST = 64  # a step that does not fit even so fails somebody
 
 
@@ -329,17 +330,23 @@ class Engine:
             whole = self._pooled_by(step)
             deltas += [self._embedded(g, now_ps) for g in whole]
             generations += whole
-        sample = self._sample_of(step, start_ps, now_ps) if self._watch else None
+        chunks, preempted = self._moved(step) if self._watch else ((), ())
         self._account(step, deltas, generations, now_ps)
-        if self._watch and sample:
-            self._watch(sample)
+        if self._watch:
+            self._watch(self._sample_of(step, start_ps, now_ps, chunks, preempted))
         return deltas
 
-    def _sample_of(self, step: Step, start_ps: int, end_ps: int) -> StepSample:
-        """What is told of a step; to be made before it is accounted."""
+    def _moved(self, step: Step) -> tuple[Chunks, tuple[int, ...]]:
+        """Chunks of the step and requests that gave way; to be asked before it is accounted."""
+        requests = self._generations
+        chunks = tuple((requests[s.id].request_id, n, s.cached_tokens) for s, n in step.chunks)
+        return chunks, tuple(requests[s.id].request_id for s in step.preempted)
+
+    def _sample_of(
+        self, step: Step, start_ps: int, end_ps: int, chunks: Chunks, preempted: tuple[int, ...]
+    ) -> StepSample:
         scheduler = self.scheduler
         pages, index = scheduler.pages, scheduler.index
-        requests = self._generations
         notes, self._notes = self._notes, []
         return StepSample(
             number=step.number,
@@ -348,8 +355,8 @@ class Engine:
             decodes=step.decodes,
             context_tokens=step.context_tokens,
             prefill_tokens=step.prefill_tokens,
-            chunks=tuple((requests[s.id].request_id, n, s.cached_tokens) for s, n in step.chunks),
-            preempted=tuple(requests[s.id].request_id for s in step.preempted),
+            chunks=chunks,
+            preempted=preempted,
             notes=tuple(notes),
             running=scheduler.running,
             waiting=scheduler.queue.waiting,

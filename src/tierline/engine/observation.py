@@ -30,7 +30,7 @@ class StepSample:
     chunks: tuple[tuple[int, int, int], ...]  # (request, prompt tokens, cached before) of each
     preempted: tuple[int, ...]  # requests
     notes: tuple[Note, ...]
-    running: int  # sequences that hold memory, before the step is accounted
+    running: int  # sequences that hold memory, after the step; and so on
     waiting: int
     kv_pages: int  # of the device
     kv_pages_free: int

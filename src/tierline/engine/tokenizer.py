@@ -46,7 +46,9 @@ class Tokenizer:
         self.eos_ids = frozenset(eos_ids)  # any of them ends an answer
         self.vocabulary_size: int = backend.get_vocab_size(with_added_tokens=True)
         added = backend.get_added_tokens_decoder()
-        self._skipped = frozenset(number for number, token in added.items() if token.special)
+        special = {number: token.content for number, token in added.items() if token.special}
+        self._skipped = frozenset(special)
+        self.special_texts = frozenset(special.values())  # as they are written
         self.byte_runs, self.strips_first, self._bytes_of = _reading(backend.decoder)
         self._pieces: dict[int, bytes] = {}
 

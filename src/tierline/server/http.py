@@ -215,7 +215,7 @@ def uvicorn_config(
         loop="uvloop",
         http=cast("type[asyncio.Protocol]", connection),
         ws="none",
-        lifespan="on",
+        lifespan="off",  # `serve` opens and closes what the application needs
         interface="asgi3",
         log_config=None,  # who serves decides where logs go
         log_level="error",  # a stranger's bad request is not worth a line

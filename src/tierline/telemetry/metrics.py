@@ -150,6 +150,13 @@ class Metrics:
         for level, count in waiting_by_level.items():
             queue[self._known(queue, level)] += count
 
+    def idle(self) -> None:
+        """Nobody is here: the last step may not have been the last thing to happen."""
+        for name in ("vllm:num_requests_running", "vllm:num_requests_waiting"):
+            self._set(name, 0)
+        queue = self._numbers["tierline:queue_requests"]
+        queue.update(dict.fromkeys(queue, 0.0))
+
     def kv(self, tier: str, *, used: int, cached: int, free: int, evicted: int) -> None:
         """Blocks of a tier by their state; `evicted` from it since the start."""
         blocks = self._numbers["tierline:kv_blocks"]

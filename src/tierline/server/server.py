@@ -1,0 +1,63 @@
+"""Everything that a request may need, held together; and what an operator chose.
+
+`serve` builds one, `app` hangs it on the application, endpoints find it there.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from tierline.engine.async_engine import AsyncEngine
+from tierline.engine.grammar import Grammars
+from tierline.server.keys import Keys
+from tierline.server.recorder import Recorder
+from tierline.server.running import Running
+from tierline.server.service import Service
+from tierline.server.state import State
+from tierline.server.tools import ToolFormat
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Settings:
+    """What an operator may choose, with what most want."""
+
+    model_names: tuple[str, ...]  # the first is the one that answers carry
+    host: str = "127.0.0.1"
+    body_bytes_max: int = 8_000_000
+    body_s: float = 30.0  # within which a body has to come
+    input_tokens_max: int | None = None  # 413 above; None: as the model's positions allow
+    output_tokens_default: int | None = None  # of a chat that does not say; None: no end
+    open_max: int = 1024  # requests here at once, waiting ones included; 429 above
+    stalled_s: float = 30.0  # a reader that takes nothing for so long loses its stream
+    log_prompts: bool = False
+    admin_token: str = ""  # "": nobody may administer
+    watchable: bool = False  # whether pages need no admin token: loopback, and no keys
+
+
+@dataclass(slots=True, kw_only=True)
+class Server:
+    """The parts of one running server."""
+
+    settings: Settings
+    running: Running
+    engine: AsyncEngine
+    service: Service
+    recorder: Recorder
+    state: State
+    keys: Keys
+    grammars: Grammars | None  # None: the model has no tokenizer, prompts come as tokens
+    tools: ToolFormat | None  # likewise, or it has no chat template
+    started_s: float  # Unix time
+    clock_s: Callable[[], float]  # likewise, now
+    new_id: Callable[[], str]  # 24 characters that no other request has
+
+    @property
+    def model(self) -> str:
+        """The name that answers carry."""
+        return self.settings.model_names[0]
+
+    @property
+    def not_ready(self) -> str:
+        """Why nobody should send requests here now; "" when they should."""
+        if self.service.draining:
+            return "draining"
+        return self.engine.failed or self.state.trouble
