@@ -1,9 +1,12 @@
 """What `/metrics` tells is what happened, under names that are written down, in bounded series."""
 
 import random
+import re
 from pathlib import Path
+from typing import Any
 
 import pytest
+import yaml
 from prometheus_client.openmetrics.parser import (
     text_string_to_metric_families as parse_openmetrics,
 )
@@ -315,3 +318,38 @@ def test_memory_of_this_process_is_read() -> None:
         pytest.skip("the process's metrics are read from /proc")
 
     assert samples(new_metrics())["process_resident_memory_bytes", frozenset()] > 1e6
+
+
+# The guide
+
+
+def yaml_of_guide() -> list[Any]:
+    page = Path(__file__).resolve().parents[1] / "docs/guides/observe.md"
+    return [yaml.safe_load(part.split("```")[0]) for part in page.read_text().split("```yaml")[1:]]
+
+
+def rules_of_guide() -> list[dict[str, Any]]:
+    return [rule for part in yaml_of_guide() for g in part.get("groups", []) for rule in g["rules"]]
+
+
+@pytest.mark.parametrize("rule", rules_of_guide(), ids=lambda rule: str(rule["alert"]))
+def test_alerts_read_metrics_that_are_there(rule: dict[str, Any]) -> None:
+    exposed = {name for name, _ in samples(new_metrics())}
+    read = set(re.findall(r"(?:vllm|tierline):\w+", rule["expr"]))
+
+    assert read
+    assert read <= exposed
+    assert rule["for"]
+
+
+def test_values_that_alerts_ask_for_are_there() -> None:
+    pairs = {
+        pair
+        for rule in rules_of_guide()
+        for label, values in re.findall(r'(\w+)=~?"([^"]+)"', rule["expr"])
+        for pair in ((label, value) for value in values.split("|"))
+    }
+    there = {pair for _, labels in samples(new_metrics()) for pair in labels}
+
+    assert pairs
+    assert pairs <= there
