@@ -131,9 +131,15 @@ def _replayable(life: Life) -> bool:
 
 
 def _left_out(lives: Sequence[Life], *, skipped: int) -> tuple[str, ...]:
-    counts = Counter(life.outcome or "under way" for life in lives if not _replayable(life))
+    counts = Counter(_why_not(life) for life in lives if not _replayable(life))
     said = [f"{count:,} {outcome}" for outcome, count in sorted(counts.items())]
     return (*said, *([f"{skipped:,} older ones"] if skipped else []))
+
+
+def _why_not(life: Life) -> str:
+    if life.outcome in ("stop", "length", "tool_calls"):
+        return "without a token"  # such as an embedding
+    return life.outcome or "under way"
 
 
 def _distinct(levels: Sequence[ServiceLevel]) -> tuple[ServiceLevel, ...]:

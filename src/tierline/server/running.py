@@ -166,13 +166,12 @@ def running_of(
     some tenths of a second: every load of the forecast's curve is simulated.
     """
     facts, instance = engine.facts, instance_of_engine(engine, prefix_cache=prefix_cache)
-    policy, positions = facts.policy, facts.positions_max
+    policy, positions = facts.policy, min(facts.positions_max, room_tokens(instance))
     prompt, output = typical(positions)
     promised = tuple(sorted(levels or default_levels(instance), key=lambda level: -level.priority))
     default = default_of(promised)
     layout = instance.layout
     each = layout.pages(prompt + output)
-    block_pages = layout.pages_per_block
     said = list(warnings)
     guessed = is_guess(instance.cost.gpu)
     if guessed:
@@ -193,9 +192,7 @@ def running_of(
         limits=instance.limits,
         rooms=(Room(tier="device", bytes=facts.kv_bytes, tokens=facts.kv_tokens),),
         sequences_fit=min(instance.pages_total // each, instance.limits.sequences_max),
-        prompt_longest_tokens=min(
-            facts.positions_max - 1, instance.pages_total // block_pages * layout.block_tokens - 1
-        ),
+        prompt_longest_tokens=positions - 1,
         levels=promised,
         default_level=default.name,
         guessed=guessed,
@@ -222,6 +219,12 @@ def instance_of_engine(engine: "Engine", *, prefix_cache: bool = True) -> Instan
         prefix_cache=prefix_cache and scheduler.layout.shares_prefixes,
         usd_per_hour=cost.gpu.price.typical_usd or 0.0,
     )
+
+
+def room_tokens(instance: Instance) -> int:
+    """Tokens of KV that fit on the device, in whole blocks."""
+    layout = instance.layout
+    return instance.pages_total // layout.pages_per_block * layout.block_tokens
 
 
 def is_guess(gpu: GpuSpec) -> bool:
@@ -312,7 +315,7 @@ def default_of(levels: Sequence[ServiceLevel]) -> ServiceLevel:
 def forecast(instance: Instance, *, level: ServiceLevel, policy: str, positions: int) -> Forecast:
     """What `instance` is predicted to do: prices of single steps, and a simulated load curve."""
     line, evidence = instance.line(), instance.cost.evidence
-    prompt, output = typical(positions)
+    prompt, output = typical(min(positions, room_tokens(instance)))
     context = prompt + output // 2
     counts = sorted({1, min(8, instance.limits.sequences_max), instance.limits.sequences_max})
     curve = _curve(instance, level, policy, prompt_tokens=prompt, output_tokens=output)
