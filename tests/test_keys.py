@@ -16,7 +16,7 @@ from states import fill, make_room, until, usage
 from tierline.base.errors import InputError, TierlineError
 from tierline.server import keys as keys_module
 from tierline.server.errors import ApiError
-from tierline.server.keys import PEPPER_NAME, Keys, bearer, secret_file
+from tierline.server.keys import PEPPER_NAME, Keys, secret_file
 from tierline.server.state import KEY_FIELDS, State
 
 NOW_S = 1000.0
@@ -382,22 +382,6 @@ def test_a_harmed_pepper_is_said(
         with_keys(work, tmp_path)
 
     assert hint in refused.value.hint
-
-
-@pytest.mark.parametrize(
-    ("header", "text"),
-    [
-        ("Bearer abc", "abc"),
-        ("bearer  abc ", "abc"),
-        ("Bearer", None),
-        ("Bearer ", None),
-        ("Basic abc", None),
-        ("", None),
-        (None, None),
-    ],
-)
-def test_the_text_of_a_header(header: str | None, text: str | None) -> None:
-    assert bearer(header) == text
 
 
 def test_a_key_has_a_column_for_every_field() -> None:

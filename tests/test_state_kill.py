@@ -105,7 +105,7 @@ def test_no_acknowledged_record_is_lost_and_none_counts_twice(tmp_path: Path, ki
     """INV-SRV-10 and INV-SRV-11, on real processes."""
     acknowledged, lost, excess = lost_and_excess(tmp_path, kills=kills, kind="State", seed=kills)
 
-    assert acknowledged > 100 * kills
+    assert acknowledged > 10 * kills
     assert (lost, excess) == (0, 0)
 
 
@@ -113,5 +113,5 @@ def test_acknowledging_before_the_commit_would_be_seen(tmp_path: Path) -> None:
     """Negative control: the same kills find what a hasty writer loses."""
     acknowledged, lost, _ = lost_and_excess(tmp_path, kills=8, kind="Hasty", seed=3)
 
-    assert acknowledged > 800
+    assert acknowledged > 80
     assert lost > 0

@@ -264,12 +264,6 @@ class Keys:
         )
 
 
-def bearer(authorization: str | None) -> str | None:
-    """The text after `Bearer` in an Authorization header; None: there is none."""
-    scheme, _, text = (authorization or "").partition(" ")
-    return text.strip() or None if scheme.lower() == "bearer" else None
-
-
 def _check_name(what: str, text: str) -> None:
     if len(text) > NAME_LENGTH_MAX or not _NAME.fullmatch(text):
         raise InputError(
