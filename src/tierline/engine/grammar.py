@@ -1,0 +1,517 @@
+"""Answers of a promised form: JSON, a JSON schema, a regular expression, a choice, a grammar.
+
+The server compiles what a request wants (`Grammars.compile`, on a thread of its own) and gives
+the `Grammar` to `Engine.add`.  The engine opens a `Matcher` an answer: `mask` says which tokens
+may come next, computed beside the forward pass; `accept` takes the one that was sampled; `over`
+says that nothing may follow.  llguidance does the parsing, `closing` finds the way out.
+
+A budget closes an answer: with `left_tokens` to go, a token is allowed while what it leads to
+can still be completed in what is left.  The way out is looked for only when one token could
+make it too long (`schema_size`), and checked, not guessed: a token stays in a tight mask when
+the grammar accepts it followed by a known way to the end.  So even random weights give whole
+JSON, if the budget holds the shortest answer at all; if not, the answer ends with "length".
+
+Time and memory are bounded by llguidance's limits on lexer, parser and grammar, by limits on
+the text, and by `seconds_max`: what took longer to prepare is refused.
+
+Invariants
+    INV-ENG-30  every token that a mask allows is accepted, and an answer that is over parses
+    INV-ENG-31  a budget that holds the way out holds the answer: it is complete
+    INV-ENG-32  what the grammar library does not support is refused by name, never ignored
+    INV-ENG-33  preparing a grammar takes bounded time and memory, whatever its text
+    INV-ENG-34  matchers of one grammar know nothing of each other
+"""
+
+import json
+import re
+import time
+from collections import OrderedDict
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from threading import Lock
+from typing import Any
+
+import llguidance
+import llguidance.gbnf_to_lark
+import numpy as np
+import torch
+
+from tierline.base.errors import RequestError, SpecError
+from tierline.base.names import lookup
+from tierline.engine.closing import Closer, Place, Words, count, has, tokens_in
+from tierline.engine.schema_size import REACH_MAX_TOKENS, SchemaSize, pattern_bytes
+from tierline.engine.tokenizer import Tokenizer
+
+CACHED = 128  # compiled grammars that are kept
+BYTES_MAX = 1_000_000  # of a text
+GBNF_BYTES_MAX = 32_000  # of one that may have to be converted, in Python
+WAY_TOKENS_MAX = 1_024  # of the shortest answer, as it is looked for when compiling
+TESTED = 96  # tokens that a tight mask looks at one by one
+SEARCHED = 4  # of them, that get a search of their own
+FREE_TOKENS = 8  # to spare, for any text in a string
+JSON_REACH_TOKENS = 16
+GRAMMAR_REACH_TOKENS = 256  # of a grammar whose text does not tell
+_OPTIONS = {
+    "whitespace_flexible": True,
+    "whitespace_pattern": r" |\r?\n[ \t]{0,40}",  # what pretty-printers write, and no more
+    "item_separator": ",",
+    "key_separator": ":",
+    "coerce_one_of": False,
+    "lenient": False,
+}
+_LIMITS = llguidance.LLParserLimits(
+    initial_lexer_fuel=300_000, step_max_items=20_000, max_lexer_states=50_000, verbose_errors=False
+)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Wanted:
+    """The form of an answer, as a request asks for it.
+
+    `text` is the schema as JSON text, the pattern, the choices or the grammar; `ebnf` is GBNF
+    as llama.cpp writes it or Lark, `lark` is Lark with the special tokens that tools need.
+    """
+
+    kind: str  # json_object, json_schema, regex, choice, ebnf or lark
+    text: str | tuple[str, ...] = ""
+
+
+class Grammars:
+    """Compiles grammars for one tokenizer and keeps the last ones. Any thread may call."""
+
+    def __init__(
+        self,
+        tokenizer: Tokenizer,
+        *,
+        vocabulary: int,
+        seconds_max: float = 2.0,
+        now_s: Callable[[], float] = time.monotonic,
+    ) -> None:
+        """`vocabulary` is the width of the logits; what exceeds the tokenizer is never allowed."""
+        source = _Source(tokenizer, vocabulary)
+        self.vocabulary = vocabulary
+        library: Any = llguidance.LLTokenizer
+        self._library = library(source, eos_token=source.eos_ids)
+        self._shared = Shared(source.tokens, source.special_token_ids, source.eos_ids)
+        self._seconds_max, self._now_s = seconds_max, now_s
+        self._lock = Lock()
+        self._kept: OrderedDict[Wanted, Grammar] = OrderedDict()
+
+    def compile(self, wanted: Wanted) -> "Grammar":
+        """The grammar of `wanted`; raises `RequestError` for what is wrong or not supported."""
+        with self._lock:
+            if wanted in self._kept:
+                self._kept.move_to_end(wanted)
+                return self._kept[wanted]
+        compiled = self._compiled(wanted)
+        with self._lock:
+            self._kept[wanted] = compiled
+            while len(self._kept) > CACHED:
+                self._kept.popitem(last=False)
+        return compiled
+
+    def _compiled(self, wanted: Wanted) -> "Grammar":
+        start_s = self._now_s()
+        source = _source(wanted)
+        matcher = llguidance.LLMatcher(self._library, source, log_level=0, limits=_LIMITS)
+        first = matcher.deep_copy()  # what is too large shows when the first mask is computed
+        allowed = 0 if matcher.is_error() else count(self._shared.closer.words_of(first))
+        if first.is_error():
+            raise _explained(wanted.kind, first.get_error())
+        if not allowed:
+            raise _endless(wanted.kind)
+        reach_tokens = _reach_tokens(wanted)
+        way = self._shared.closer.way(matcher.deep_copy(), Place(), tokens_max=WAY_TOKENS_MAX)
+        if self._now_s() - start_s > self._seconds_max:
+            raise RequestError(
+                f"the {_NAMES[wanted.kind]} takes more than {self._seconds_max:g} s to prepare",
+                hint="make it smaller: fewer alternatives, smaller counts of repetition",
+            )
+        return Grammar(
+            matcher,
+            self._shared,
+            way=way,
+            reach_tokens=reach_tokens,
+            patterned=_patterned(wanted),
+        )
+
+
+class Grammar:
+    """A compiled grammar. Not changed after it was made: any thread may open matchers."""
+
+    def __init__(
+        self,
+        start: Any,
+        shared: "Shared",
+        *,
+        way: tuple[int, ...] | None,
+        reach_tokens: int,
+        patterned: bool,
+    ) -> None:
+        self._start = start
+        self.shared = shared
+        self.way = way  # tokens of a short answer; None: none was found
+        self.reach_tokens = reach_tokens  # by how much one token lengthens the way out, at most
+        self.patterned = patterned  # whether strings follow a pattern
+
+    def matcher(self) -> "Matcher":
+        """The start of one answer."""
+        return Matcher(self, self._start.deep_copy())
+
+
+class Matcher:
+    """Where one answer is in its grammar. One thread at a time."""
+
+    __slots__ = ("_fresh", "_grammar", "_inner", "_look_at", "_place", "_way")
+
+    def __init__(self, grammar: Grammar, inner: Any) -> None:
+        self._grammar, self._inner = grammar, inner
+        self._place = Place()
+        self._way = grammar.way  # the last one that was found
+        self._fresh = True  # whether it leads out from here
+        self._look_at = 1 << 62  # how many tokens are left when the way out is looked at next
+
+    @property
+    def over(self) -> bool:
+        """Whether the answer is complete and nothing may follow."""
+        return bool(self._inner.is_stopped())
+
+    def accept(self, token: int) -> None:
+        """The token that was taken; one that the mask allowed."""
+        taken = self._inner.consume_token(token)
+        assert taken, f"token {token} was masked"
+        self._place = self._place.after(self._grammar.shared.closer.pieces[token])
+        if self._fresh and self._way and self._way[0] == token:
+            self._way = self._way[1:]
+        else:
+            self._fresh = False
+
+    def mask(self, left_tokens: int) -> torch.Tensor:
+        """[vocabulary] of booleans: what may come next, with `left_tokens` to go, it included.
+
+        Raises `RequestError` when the library's limits are exceeded at this place.
+        """
+        words = self._grammar.shared.closer.words_of(self._inner)
+        if self._inner.is_error():
+            raise RequestError(
+                f"the grammar is too complex to go on: {_first_line(self._inner.get_error())}",
+                hint="make it simpler: fewer ambiguous rules, smaller counts of repetition",
+            )
+        if 0 < left_tokens <= self._look_at:
+            words = self._within(words, left_tokens)
+        bits = np.unpackbits(
+            words.view(np.uint8), bitorder="little", count=len(self._grammar.shared.closer.pieces)
+        )
+        return torch.from_numpy(bits.view(np.bool_))
+
+    def _within(self, words: Words, left_tokens: int) -> Words:
+        """Of a mask, what leaves room for the way out."""
+        way = self._way_out(left_tokens)
+        if way is None:
+            self._look_at = left_tokens // 2  # perhaps from elsewhere
+            return words
+        reach = self._grammar.reach_tokens
+        slack = left_tokens - len(way)
+        if slack > reach:
+            self._look_at = left_tokens - max(1, (slack - reach) // (reach + 1))
+            return words
+        self._look_at = left_tokens
+        return self._checked(words, way, left_tokens)
+
+    def _way_out(self, left_tokens: int) -> tuple[int, ...] | None:
+        """The way that is known, if it still leads out from here, or another."""
+        if not self._fresh:
+            old = self._way or ()
+            ends = (old[at:] for at in reversed(range(min(len(old) + 1, 4))))
+            closer = self._grammar.shared.closer
+            self._way = next((end for end in ends if self._leads_out(end)), None)
+            if self._way is None:
+                self._way = closer.way(self._inner.deep_copy(), self._place, tokens_max=left_tokens)
+            self._fresh = True
+        return self._way if self._way is not None and len(self._way) <= left_tokens else None
+
+    def _leads_out(self, tokens: Sequence[int]) -> bool:
+        """Whether the grammar accepts these tokens and may end behind them."""
+        if not tokens:
+            return bool(self._inner.is_accepting())
+        whole = [*tokens, self._grammar.shared.eos_ids[0]]
+        return bool(self._inner.validate_tokens(whole) == len(whole))
+
+    def _checked(self, words: Words, way: tuple[int, ...], left_tokens: int) -> Words:
+        """The tokens behind which a way out is known that fits; most are tried by the old way."""
+        shared = self._grammar.shared
+        kept = np.zeros_like(words)
+        _add(kept, way[:1] or shared.eos_ids)
+        if len(way) == left_tokens:
+            return kept
+        many = count(words) > TESTED
+        if many and self._in_free_string(words, way, left_tokens):
+            kept |= words & shared.plain
+        tested = self._tested(words) if many else tokens_in(words)
+        searches = 0
+        for token in tested:
+            ends = (way[at:] for at in range(min(len(way) + 1, 4)))
+            fits = any(len(end) < left_tokens and self._leads_out((token, *end)) for end in ends)
+            if not fits and searches < SEARCHED and token in shared.structural:
+                searches += 1
+                fits = self._is_closed_behind(token, left_tokens - 1)
+            if fits or token in shared.eos_ids:
+                _add(kept, (token,))
+        return kept
+
+    def _tested(self, words: Words) -> list[int]:
+        """Of many allowed tokens those with a part in the structure, and some of the others."""
+        tried = self._grammar.shared.closer.tried
+        chosen = [int(t) for t in tried[has(words, tried)]]
+        chosen += [t for t in self._grammar.shared.eos_ids if has(words, np.array([t]))[0]]
+        others = tokens_in(words)
+        return list(dict.fromkeys(chosen + others[:: len(others) // TESTED]))
+
+    def _is_closed_behind(self, token: int, left_tokens: int) -> bool:
+        closer = self._grammar.shared.closer
+        matcher = self._inner.deep_copy()
+        if not matcher.consume_token(token):
+            return False
+        place = self._place.after(closer.pieces[token])
+        return closer.way(matcher, place, tokens_max=left_tokens) is not None
+
+    def _in_free_string(self, words: Words, way: tuple[int, ...], left_tokens: int) -> bool:
+        """Whether any plain text may come and the way out stays what it is."""
+        shared = self._grammar.shared
+        if self._grammar.patterned or not self._place.in_string:
+            return False
+        if len(way) + FREE_TOKENS > left_tokens or shared.closer.pieces[way[0]][:1] != b'"':
+            return False
+        plain = tokens_in(words & shared.plain)
+        return len(plain) > TESTED and all(
+            self._leads_out((token, *way)) for token in plain[:: len(plain) // 4]
+        )
+
+
+class Shared:
+    """What all grammars of a tokenizer share."""
+
+    def __init__(
+        self, pieces: Sequence[bytes], special: Sequence[int], eos_ids: Sequence[int]
+    ) -> None:
+        self.closer = Closer(pieces)
+        self.eos_ids = tuple(eos_ids)
+        self.structural = frozenset(int(t) for t in self.closer.tried)
+        self.plain = np.zeros(-(-len(pieces) // 32), dtype=np.uint32)  # leave a string a string
+        hidden = frozenset(special)
+        _add(self.plain, [t for t, p in enumerate(pieces) if t not in hidden and _is_plain(p)])
+
+
+def _is_plain(piece: bytes) -> bool:
+    """Whether a piece is whole characters that JSON strings hold as they are."""
+    text = piece.decode(errors="replace")
+    return text.isprintable() and bool(text) and not {'"', "\\", "\ufffd"} & set(text)
+
+
+def _add(words: Words, tokens: Sequence[int]) -> None:
+    """Put tokens into a mask."""
+    ids = np.asarray(tokens, dtype=np.int64)
+    np.bitwise_or.at(words, ids >> 5, np.uint32(1) << (ids & 31).astype(np.uint32))
+
+
+class _Source:
+    """A tokenizer in the form that llguidance reads."""
+
+    is_tokenizer_wrapper = True
+    bos_token_id = None
+
+    def __init__(self, tokenizer: Tokenizer, vocabulary: int) -> None:
+        known = min(vocabulary, tokenizer.vocabulary_size)
+        self.tokens = [tokenizer.token_bytes(token) for token in range(known)]
+        self.tokens += [b""] * (vocabulary - known)
+        self.eos_ids = sorted(token for token in tokenizer.eos_ids if token < vocabulary)
+        if not self.eos_ids:
+            raise SpecError(
+                "the model names no token that ends an answer",
+                hint="grammars need eos_token_id in config.json or generation_config.json",
+            )
+        self.eos_token_id = self.eos_ids[0]
+        self.special_token_ids = sorted(
+            {token for token in range(known) if tokenizer.is_special(token)} | {*self.eos_ids}
+        )
+        self._hidden = frozenset(self.special_token_ids)
+        self._tokenizer = tokenizer
+        self._places = {
+            piece: token
+            for token, piece in enumerate(self.tokens)
+            if piece and token not in self._hidden
+        }
+        self._longest = max(map(len, self._places))
+
+    def __call__(self, text: str | bytes) -> list[int]:
+        """Tokens of a text that the grammar forces: as the model would write it, if possible."""
+        wanted = text.encode() if isinstance(text, str) else text
+        ids = self._tokenizer.encode(wanted.decode(), special=False)
+        joined = b"".join(self.tokens[token] for token in ids)
+        if joined == wanted and self._hidden.isdisjoint(ids):
+            return ids
+        return self._by_longest(wanted)
+
+    def _by_longest(self, text: bytes) -> list[int]:
+        """The longest token that fits, again and again."""
+        ids: list[int] = []
+        at = 0
+        while at < len(text):
+            lengths = range(min(self._longest, len(text) - at), 0, -1)
+            piece = next(text[at : at + n] for n in lengths if text[at : at + n] in self._places)
+            ids.append(self._places[piece])
+            at += len(piece)
+        return ids
+
+
+# From what a request asks for to what llguidance reads.
+
+
+def _source(wanted: Wanted) -> str:
+    """The grammar in the library's own form."""
+    make = lookup("kind of grammar", wanted.kind, _SOURCES, error=RequestError)
+    texts = wanted.text if isinstance(wanted.text, tuple) else (wanted.text,)
+    size = sum(len(text.encode(errors="replace")) for text in texts)
+    name, size_max = _NAMES[wanted.kind], GBNF_BYTES_MAX if wanted.kind == "ebnf" else BYTES_MAX
+    if size > size_max:
+        raise RequestError(
+            f"the {name} has {size} bytes", hint=f"at most {size_max} bytes are taken"
+        )
+    try:
+        for text in texts:
+            text.encode()
+        return str(make(texts))
+    except UnicodeError:
+        raise RequestError(
+            f"the {name} is not valid Unicode", hint="remove unpaired surrogates"
+        ) from None
+    except RecursionError:
+        raise RequestError(f"the {name} is nested too deeply", hint="nest less") from None
+
+
+def _json_object(_: tuple[str, ...]) -> str:
+    return _json_schema(('{"type":"object"}',))
+
+
+def _json_schema(texts: tuple[str, ...]) -> str:
+    try:
+        schema = json.loads(texts[0])
+    except ValueError as error:
+        raise RequestError(f"the schema is not JSON: {error}", hint="send it as JSON") from None
+    if isinstance(schema, dict) and "x-guidance" in schema:
+        raise RequestError("the schema has x-guidance", hint="remove it: options are the server's")
+    library: Any = llguidance.LLMatcher
+    return str(library.grammar_from_json_schema(texts[0], overrides=_OPTIONS))
+
+
+def _regex(texts: tuple[str, ...]) -> str:
+    return str(llguidance.LLMatcher.grammar_from_regex(texts[0]))
+
+
+def _choice(texts: tuple[str, ...]) -> str:
+    if not texts:
+        raise RequestError("the choice is empty", hint="name at least one text")
+    return _regex(("|".join(f"(?:{_quoted(text)})" for text in texts),))
+
+
+def _quoted(text: str) -> str:
+    return re.sub(r"([^\w\s])", lambda found: f"\\x{{{ord(found[1]):x}}}", text)
+
+
+def _ebnf(texts: tuple[str, ...]) -> str:
+    text = texts[0]
+    if llguidance.gbnf_to_lark.is_lark_syntax(text):
+        return _lark(texts)
+    try:
+        return _lark((llguidance.gbnf_to_lark.gbnf_to_lark(text),))
+    except (ValueError, LookupError, llguidance.gbnf_to_lark.GbnfToLarkError) as error:
+        raise RequestError(
+            f"the grammar is not GBNF: {_first_line(str(error))}",
+            hint="GBNF starts with `root ::= ...`; Lark starts with `start: ...`",
+        ) from None
+
+
+def _lark(texts: tuple[str, ...]) -> str:
+    return str(llguidance.LLMatcher.grammar_from_lark(texts[0]))
+
+
+_SOURCES: dict[str, Callable[[tuple[str, ...]], str]] = {
+    "json_object": _json_object,
+    "json_schema": _json_schema,
+    "regex": _regex,
+    "choice": _choice,
+    "ebnf": _ebnf,
+    "lark": _lark,
+}
+_NAMES = {
+    "json_object": "schema",
+    "json_schema": "schema",
+    "regex": "regular expression",
+    "choice": "choice",
+    "ebnf": "grammar",
+    "lark": "grammar",
+}
+
+
+def _reach_tokens(wanted: Wanted) -> int:
+    """By how much one token lengthens the way out, at most; raises when there is none."""
+    if wanted.kind == "json_schema":
+        assert isinstance(wanted.text, str)
+        size = SchemaSize(json.loads(wanted.text))
+        if not size.finite:
+            raise _endless(wanted.kind)
+        return size.reach_tokens()
+    if wanted.kind == "choice":
+        return max(len(text.encode()) for text in wanted.text)
+    if wanted.kind == "regex":
+        assert isinstance(wanted.text, str)
+        return min(pattern_bytes(wanted.text), REACH_MAX_TOKENS)
+    return JSON_REACH_TOKENS if wanted.kind == "json_object" else GRAMMAR_REACH_TOKENS
+
+
+def _patterned(wanted: Wanted) -> bool:
+    """Whether what stands between quotes may have to follow a pattern."""
+    if wanted.kind != "json_schema":
+        return wanted.kind != "json_object"
+    return re.search(r'"(pattern|format|patternProperties)"\s*:', str(wanted.text)) is not None
+
+
+# What is said of a grammar that cannot be used.
+
+
+def _endless(kind: str) -> RequestError:
+    return RequestError(
+        f"no text of finite length matches the {_NAMES[kind]}",
+        hint="recursion needs a way out: make a property optional, or allow null",
+    )
+
+
+def _first_line(message: str) -> str:
+    lines = [line.strip() for line in message.splitlines() if line.strip()]
+    return lines[0][:200] if lines else "no reason given"
+
+
+def _explained(kind: str, message: str) -> RequestError:
+    """The library's message as one sentence and a hint."""
+    name = _NAMES[kind]
+    if found := re.search(r"Unimplemented keys: \[(.*?)\]", message):
+        keys = found[1].replace('"', "")
+        return RequestError(
+            f"the schema uses {keys}, which is not supported",
+            hint="remove it from the schema, and check for it when the answer is there",
+        )
+    if "oneOf constraints are not supported" in message:
+        return RequestError(
+            "the schema uses oneOf with branches that may overlap, which is not supported",
+            hint="use anyOf, or tell the branches apart by a const property",
+        )
+    if found := re.search(r"^error: (.+)$", message, re.MULTILINE):
+        return RequestError(f"a regular expression: {found[1][:200]}", hint=_REGEX_HINT)
+    if found := re.search(r"lookarounds not supported yet; (\w+)", message):
+        return RequestError(f"a regular expression: {found[1]} is not supported", hint=_REGEX_HINT)
+    reason = _first_line(re.sub(r"^at \d+\(\d+\): ", "", message))
+    hint = "make it smaller" if re.search("too |limit", reason) else f"change the {name}"
+    return RequestError(f"the {name} cannot be used: {reason}", hint=hint)
+
+
+_REGEX_HINT = "syntax is that of Rust's regex: no look-around, no backreferences, no \\b"
