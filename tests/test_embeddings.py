@@ -1,17 +1,25 @@
 """A pooled prompt's vector is the mean of the network's states, whatever it is computed beside."""
 
+import base64
 import functools
+import gzip
+import json
 import random
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import httpx
+import jsonschema
 import numpy as np
+import openai
 import pytest
 import torch
 
 from demo_model import demo_model
 from engines import finish, generate, greedy, tiny_engine
+from servers import MODEL, Served, engine_of, served
 from tierline.base.errors import RequestError
 from tierline.engine.build import EngineOptions, open_engine
 from tierline.engine.engine import Engine
@@ -110,7 +118,7 @@ def test_equals_it_on_the_native_step(kernels, kernels_folder, checkpoints, arch
 def test_another_mean_would_be_seen(checkpoints, monkeypatch):
     """Negative control: whoever begins every chunk at nothing tells the mean of the last one."""
     engine = tiny_engine(checkpoints("qwen2"), batch_tokens=32)
-    monkeypatch.setattr(Executor, "_sum", lambda self, s, done: torch.zeros(self._hidden))
+    monkeypatch.setattr(Executor, "_sum", lambda self, s, done: torch.zeros(self.hidden))
 
     assert furthest(embed(engine, LISTED), expected("qwen2")) > 1e-2
 
@@ -240,7 +248,7 @@ def test_cached_tokens_would_be_missing(checkpoints, monkeypatch):
 
     engine = tiny_engine(checkpoints("qwen2"))
     generate(engine, [text], greedy(1))
-    monkeypatch.setattr(Executor, "_sum", lambda self, s, done: torch.zeros(self._hidden))
+    monkeypatch.setattr(Executor, "_sum", lambda self, s, done: torch.zeros(self.hidden))
     found = embed(engine, [text])
 
     assert furthest(found, expected("qwen2")[-1:]) > 1e-3
@@ -319,3 +327,153 @@ def test_alike_sentences_lie_nearer(kernels_folder):
         others = [near[at, i] for i in range(len(found)) if i not in (at, at ^ 1)]
 
         assert near[at, at ^ 1] > max(others)
+
+
+# --- over a socket --------------------------------------------------------------------------------
+
+TEXTS = ["one", "two words", "and \u00e9\u4e16 a longer one " * 6]
+
+
+@pytest.fixture(scope="module")
+def server(checkpoints: Any) -> Iterator[Served]:
+    with served(engine_of(checkpoints("qwen2")), input_tokens_max=400) as running:
+        yield running
+
+
+@pytest.fixture
+def client(server: Served) -> Iterator[openai.OpenAI]:
+    with openai.OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0) as client:
+        yield client
+
+
+def direct(server: Served, listed: Sequence[Sequence[int]]) -> list[Vector]:
+    """What an engine of its own says."""
+    model = tiny_model("qwen2")
+    found = []
+    for text in listed:
+        with torch.no_grad():
+            mean = model.base_model(torch.tensor([list(text)])).last_hidden_state[0].mean(0)
+        found.append((mean / mean.norm()).numpy())
+    return found
+
+
+@pytest.mark.parametrize("form", [{}, {"encoding_format": "float"}, {"encoding_format": "base64"}])
+def test_the_openai_client_reads_what_transformers_says(server, client, form):
+    """The client asks for base64 unless told otherwise."""
+    tokenizer = server.server.engine.engine.tokenizer
+    listed = [tokenizer.encode(text, special=True) for text in TEXTS]
+    found = client.embeddings.create(model=MODEL, input=TEXTS, **form)
+    vectors = [
+        np.frombuffer(base64.b64decode(each.embedding), "<f4")
+        if isinstance(each.embedding, str)
+        else np.array(each.embedding, dtype=np.float32)
+        for each in found.data
+    ]
+
+    assert [each.index for each in found.data] == [0, 1, 2]
+    assert furthest(vectors, direct(server, listed)) < 1e-4
+    tokens = sum(map(len, listed))
+    assert (found.usage.prompt_tokens, found.usage.total_tokens) == (tokens, tokens)
+    assert found.model == MODEL
+    assert found.tierline["pooling"] == "mean"
+
+
+def test_texts_and_tokens_are_the_same(server, client):
+    tokenizer = server.server.engine.engine.tokenizer
+    listed = [tokenizer.encode(text, special=True) for text in TEXTS]
+    told = [
+        client.embeddings.create(model=MODEL, input=TEXTS),
+        client.embeddings.create(model=MODEL, input=listed),
+    ]
+    alone = [client.embeddings.create(model=MODEL, input=TEXTS[1])]
+    alone += [client.embeddings.create(model=MODEL, input=listed[1])]
+
+    both = [[np.array(each.embedding) for each in answer.data] for answer in told]
+    assert furthest(*both) < 1e-6
+    for answer in alone:
+        assert np.abs(np.array(answer.data[0].embedding) - both[0][1]).max() < 1e-5
+
+
+def test_it_says_how_vectors_came_to_be(server):
+    response = httpx.post(
+        f"{server.url}/v1/embeddings", json={"model": MODEL, "input": "some", "dimensions": 64}
+    )
+    body = response.json()
+
+    assert response.headers["x-tierline-pooling"] == "mean"
+    assert body["tierline"]["normalized"] is True
+    assert body["tierline"]["ttft_ms"] > 0
+    assert len(body["data"][0]["embedding"]) == 64
+    assert body["object"] == "list"
+
+
+@pytest.mark.parametrize(
+    ("asked", "status", "code", "param"),
+    [
+        ({"input": ""}, 400, "invalid_value", "input"),
+        ({"input": []}, 400, "invalid_value", "input"),
+        ({"input": [[]]}, 400, "invalid_value", "input"),
+        ({"input": ["one", ""]}, 400, "invalid_value", "input"),
+        ({"input": 7}, 400, "invalid_value", "input"),
+        ({"input": ["one", [1]]}, 400, "invalid_value", "input"),
+        ({"input": [-1]}, 400, "invalid_value", "input"),
+        ({"input": [10**6]}, 400, "invalid_value", None),
+        ({}, 400, "invalid_value", "input"),
+        ({"input": "x" * 401}, 413, "input_too_long", "input"),
+        ({"input": "one", "dimensions": 32}, 400, "unsupported_parameter", "dimensions"),
+        ({"input": "one", "encoding_format": "int8"}, 400, "invalid_value", "encoding_format"),
+        ({"input": "one", "temperature": 1}, 400, "unknown_parameter", "temperature"),
+        ({"input": "one", "model": "other"}, 404, "model_not_found", "model"),
+        ({"input": "one", "slo": "none such"}, 400, "unknown_service_class", "slo"),
+    ],
+)
+def test_what_cannot_be_answered_is_refused(server, asked, status, code, param):
+    response = httpx.post(f"{server.url}/v1/embeddings", json={"model": MODEL} | asked)
+    error = response.json()["error"]
+
+    assert response.status_code == status, error
+    assert error["code"] == code
+    assert (error["param"] or "").split(".")[0] == (param or "")
+    assert error["type"] == "invalid_request_error"
+
+
+def test_answers_and_vectors_at_once(server, client):
+    """Many callers: each gets its own, and greedy answers stay what they are."""
+    said = client.completions.create(model=MODEL, prompt="so", max_tokens=20, temperature=0)
+    alone = [client.embeddings.create(model=MODEL, input=text).data[0] for text in TEXTS]
+
+    def ask(number: int) -> float:
+        if number % 2:
+            again = client.completions.create(
+                model=MODEL, prompt="so", max_tokens=20, temperature=0
+            )
+            return float(again.choices[0].text != said.choices[0].text)
+        each = client.embeddings.create(model=MODEL, input=TEXTS).data
+        return max(
+            float(np.abs(np.array(a.embedding) - np.array(b.embedding)).max())
+            for a, b in zip(each, alone, strict=True)
+        )
+
+    with ThreadPoolExecutor(8) as threads:
+        assert max(threads.map(ask, range(24))) < 1e-5
+
+
+def test_its_life_is_on_record(server, client):
+    client.embeddings.create(model=MODEL, input=TEXTS)
+    life = server.on_loop(lambda: server.server.recorder.past[-1])
+
+    assert (life.endpoint, life.outcome, life.output_tokens) == ("embeddings", "stop", 0)
+    assert life.answers == 3
+    assert life.ttft_s is not None
+
+
+def test_its_shape_is_openais(server, data_dir):
+    path = data_dir / "evals" / "openai_openapi" / "openapi_subset.json.gz"
+    document = json.loads(gzip.decompress(path.read_bytes()))
+    schema = {"$ref": "#/components/schemas/CreateEmbeddingResponse", **document}
+    body = httpx.post(f"{server.url}/v1/embeddings", json={"model": MODEL, "input": TEXTS}).json()
+
+    jsonschema.validate(body, schema)
+    del body["data"][0]["index"]
+    with pytest.raises(jsonschema.ValidationError):
+        jsonschema.validate(body, schema)

@@ -51,14 +51,14 @@ def advances(step: Step) -> list[Advance]:
 class Executor:
     """One network, one arena, and the tables between them."""
 
-    __slots__ = ("_block", "_hidden", "_sums", "arena", "names", "network", "tables")
+    __slots__ = ("_block", "_sums", "arena", "hidden", "names", "network", "tables")
 
     def __init__(
         self, network: Network, arena: Arena, names: BlockNames, tables: Tables, *, hidden: int
     ) -> None:
         """`hidden` is the width of the network's states."""
         self.network, self.arena, self.names, self.tables = network, arena, names, tables
-        self._block, self._hidden = arena.geometry.layout.block_tokens, hidden
+        self._block, self.hidden = arena.geometry.layout.block_tokens, hidden
         self._sums: dict[int, torch.Tensor] = {}  # of pooled sequences, over what is cached
 
     def compute(
@@ -91,7 +91,7 @@ class Executor:
         """Over the tokens before `done`: whoever comes back after a preemption starts anew."""
         if done:
             return self._sums[s.id]  # cached tokens have no states: not from another's blocks
-        return torch.zeros(self._hidden, device=self.arena.data.device)
+        return torch.zeros(self.hidden, device=self.arena.data.device)
 
     def undo(self, step: Step) -> None:
         """The step was not computed: what was named for it is free again."""
