@@ -47,7 +47,7 @@ def served(
 ) -> Iterator[Served]:
     """`engine` behind a real socket; afterwards everybody has ended and no block is held."""
     names = settings.pop("model_names", (MODEL,))
-    chosen = replace(Settings(model_names=names, watchable=not keys), **settings)
+    chosen = replace(Settings(model_names=names), **settings)
     ready: threading.Event = threading.Event()
     found: dict[str, Any] = {}
 

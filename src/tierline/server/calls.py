@@ -346,12 +346,5 @@ def life_of(
         tools=tools,
         ttft_limit_s=served.deadline_s or served.ttft_s,
         itl_limit_s=served.itl_s,
-        trace_id=_trace_id(call),
+        traceparent=call.header(b"traceparent") or "",
     )
-
-
-def _trace_id(call: Call) -> str:
-    """Of the W3C traceparent that the caller sent."""
-    parts = (call.header(b"traceparent") or "").split("-")
-    right = len(parts) == 4 and len(parts[1]) == 32
-    return parts[1] if right and all(c in "0123456789abcdef" for c in parts[1]) else ""

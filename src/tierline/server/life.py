@@ -73,7 +73,8 @@ class Life:
     tools: int = 0  # tools offered
     ttft_limit_s: float | None = None  # promised
     itl_limit_s: float | None = None
-    trace_id: str = ""
+    traceparent: str = ""  # W3C, as the caller sent it
+    trace_id: str = ""  # of its span, once it has ended
     engine_ids: tuple[int, ...] = ()  # the engine's requests that serve it
     chain: Sequence[int] = ()  # names of the blocks of its prompt, for replays
 

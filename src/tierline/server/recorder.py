@@ -9,15 +9,20 @@ Invariants
 
 import logging
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+
+from opentelemetry.trace import Tracer
 
 from tierline.base.clock import PS_PER_S
 from tierline.engine.generation import Delta
 from tierline.server.life import OUTCOMES, Event, Life, Note, StepSample
 from tierline.telemetry.metrics import Metrics
+from tierline.telemetry.spans import record_request
+from tierline.telemetry.window import Quantiles
 
 PAST_MAX = 2_000  # lives that are remembered after their end
 STEPS_MAX = 6_000
+WINDOW_S = 300.0  # what "recent" means on every page
 EVENTS_MAX = 512  # of one life: a long prompt in small chunks says no more after that
 
 log = logging.getLogger("tierline.requests")
@@ -26,8 +31,11 @@ log = logging.getLogger("tierline.requests")
 class Recorder:
     """Owner of all lives and of the samples of recent steps."""
 
-    def __init__(self, metrics: Metrics, *, pages_per_block: int) -> None:
-        self.metrics = metrics
+    def __init__(
+        self, metrics: Metrics, tracer: Tracer, *, levels: Sequence[str], pages_per_block: int
+    ) -> None:
+        self.metrics, self._tracer = metrics, tracer
+        self.gaps = {level: Quantiles(window_s=WINDOW_S) for level in levels}  # seconds, recent
         self.live: dict[str, Life] = {}
         self.past: deque[Life] = deque(maxlen=PAST_MAX)
         self.steps: deque[StepSample] = deque(maxlen=STEPS_MAX)
@@ -65,7 +73,9 @@ class Recorder:
             life.gaps += 1
             life.gaps_ps += gap_ps
             life.gap_longest_ps = max(life.gap_longest_ps, gap_ps)
-            self.metrics.token_gaps(life.level, (gap_ps / PS_PER_S,))
+            gap_s = (gap_ps / PS_PER_S,)
+            self.metrics.token_gaps(life.level, gap_s)
+            self.gaps[life.level].add(at_ps / PS_PER_S, gap_s)
             return
         if life.first_ps is None:
             life.first_ps = at_ps
@@ -114,8 +124,50 @@ class Recorder:
             max_tokens=life.output_tokens_max,
             kept=kept(life),
         )
+        self._trace(life, round(life.arrived_s * 1e9))
         if log.isEnabledFor(logging.INFO):
             log.info("request ended", extra={"fields": summary(life)})
+
+    def _trace(self, life: Life, start_ns: int) -> None:
+        """One span, on the wall clock; the engine's clock says how long everything took."""
+
+        def at_ns(at_ps: int) -> int:
+            return start_ns + (at_ps - life.arrival_ps) // 1000
+
+        assert life.finished_ps is not None
+        bad = life.outcome in ("error", "late")
+        life.trace_id = record_request(
+            self._tracer,
+            endpoint=life.endpoint,
+            model=life.model,
+            start_ns=start_ns,
+            end_ns=at_ns(life.finished_ps),
+            facts={
+                "response_id": life.id,
+                "response_model": life.model,
+                "finish_reasons": (life.outcome,),
+                "max_tokens": life.output_tokens_max,
+                "temperature": life.temperature,
+                "answers": life.answers,
+                "stream": life.stream,
+                "prompt_tokens": life.prompt_tokens,
+                "output_tokens": life.output_tokens,
+                "cached_tokens": life.cached_tokens,
+                "queue_s": life.queue_s,
+                "ttft_s": life.ttft_s,
+                "e2e_s": life.e2e_s,
+                "level": life.level,
+                "tier": life.tier or None,
+                "outcome": life.outcome,
+                "preemptions": life.preemptions,
+            },
+            events=[
+                (event.kind, at_ns(event.at_ps), {"tokens": event.tokens, "why": event.why})
+                for event in life.events
+            ],
+            traceparent=life.traceparent,
+            error=life.error or life.outcome if bad else "",
+        )
 
     # --- steps ------------------------------------------------------------------------------
 

@@ -21,6 +21,7 @@ from tierline.engine.async_engine import AsyncEngine
 from tierline.engine.engine import Engine
 from tierline.engine.grammar import Grammars
 from tierline.server.app import application
+from tierline.server.browser import is_loopback
 from tierline.server.http import HttpServer, uvicorn_config
 from tierline.server.keys import Keys
 from tierline.server.recorder import Recorder
@@ -30,6 +31,7 @@ from tierline.server.service import Service
 from tierline.server.state import State
 from tierline.server.tools import tool_format
 from tierline.telemetry.metrics import Metrics
+from tierline.telemetry.spans import request_tracer
 
 DRAIN_POLL_S = 0.05
 CONNECTIONS_S = 2  # pages and idle connections have so long once all requests have ended
@@ -59,6 +61,11 @@ async def opened(
     ended = "failed"
     try:
         known = await Keys.open(state, static=keys, clock_s=clock_s)
+        if not (known.required or is_loopback(settings.host)):
+            raise InputError(
+                f"others could reach this server on {settings.host!r}, and it has no key",
+                hint="give one with --key, or listen on 127.0.0.1",
+            )
         await state.begin_run(model=running.model, options=options or {}, now_s=clock_s())
         server = _server(engine, running, settings, state, known, tool_format_name, version)
         await server.engine.start()
@@ -82,15 +89,18 @@ def _server(
     version: str,
 ) -> Server:
     layout = engine.scheduler.layout
+    levels = [level.name for level in running.levels]
     metrics = Metrics(
         settings.model_names[0],
-        levels=[level.name for level in running.levels],
+        levels=levels,
         positions_max=running.positions_max,
         block_tokens=layout.block_tokens,
         kv_blocks=engine.scheduler.pages.total // layout.pages_per_block,
         version=version,
     )
-    recorder = Recorder(metrics, pages_per_block=layout.pages_per_block)
+    recorder = Recorder(
+        metrics, request_tracer(version), levels=levels, pages_per_block=layout.pages_per_block
+    )
     served = AsyncEngine(engine, watcher=recorder.step)
     tokenizer = engine.tokenizer
     reads = None

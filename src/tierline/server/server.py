@@ -3,17 +3,23 @@
 `serve` builds one, `app` hangs it on the application, endpoints find it there.
 """
 
+import hmac
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from starlette.requests import Request
+
 from tierline.engine.async_engine import AsyncEngine
 from tierline.engine.grammar import Grammars
+from tierline.server.browser import is_loopback
 from tierline.server.keys import Keys
 from tierline.server.recorder import Recorder
 from tierline.server.running import Running
 from tierline.server.service import Service
 from tierline.server.state import State
 from tierline.server.tools import ToolFormat
+
+WATCH_COOKIE = "tierline-watch"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -30,7 +36,6 @@ class Settings:
     stalled_s: float = 30.0  # a reader that takes nothing for so long loses its stream
     log_prompts: bool = False
     admin_token: str = ""  # "": nobody may administer
-    watchable: bool = False  # whether pages need no admin token: loopback, and no keys
 
 
 @dataclass(slots=True, kw_only=True)
@@ -54,6 +59,19 @@ class Server:
     def model(self) -> str:
         """The name that answers carry."""
         return self.settings.model_names[0]
+
+    @property
+    def watch_cookie(self) -> str:
+        """What a browser holds once somebody has shown it the admin token."""
+        return hmac.digest(self.settings.admin_token.encode(), b"watch", "sha256").hex()
+
+    def may_watch(self, request: Request) -> bool:
+        """Whether pages show to who asks: to everybody on this machine while no key is needed."""
+        if is_loopback(self.settings.host) and not self.keys.required:
+            return True
+        return self.settings.admin_token != "" and hmac.compare_digest(
+            request.cookies.get(WATCH_COOKIE, "").encode(), self.watch_cookie.encode()
+        )
 
     @property
     def not_ready(self) -> str:
