@@ -25,7 +25,9 @@ from starlette.staticfiles import StaticFiles
 from starlette.types import Receive, Scope, Send
 
 from tierline.base.clock import PS_PER_S
+from tierline.server.dashboard_life import life_view
 from tierline.server.dashboard_now import PERCENTILES, now_view
+from tierline.server.dashboard_requests import SHOWS, requests_view
 from tierline.server.dashboard_seen import Seen
 from tierline.server.sse import ClientGone, EventStream
 
@@ -61,7 +63,7 @@ def _templates() -> jinja2.Environment:
         lstrip_blocks=True,
         undefined=jinja2.StrictUndefined,
     )
-    environment.filters |= {"svg": Markup, "json": embedded}
+    environment.filters |= {"svg": Markup, "json": embedded, "instant": instant}
     return environment
 
 
@@ -77,7 +79,16 @@ def embedded(value: Any) -> Markup:
     return Markup(text)
 
 
-def render(name: str, seen: Seen, *, here: str, title: str, **facts: Any) -> HTMLResponse:
+def instant(unix_s: float) -> Markup:
+    """A time of day as an element that a script turns into the reader's zone."""
+    at = time.gmtime(unix_s)
+    whole, short = time.strftime("%Y-%m-%dT%H:%M:%SZ", at), time.strftime("%H:%M:%S", at)
+    return Markup(f'<time datetime="{whole}" title="{whole}">{short} UTC</time>')
+
+
+def render(
+    name: str, seen: Seen, *, here: str, title: str, status: int = 200, **facts: Any
+) -> HTMLResponse:
     """A page; a fact that its template names and nobody gave is an error."""
     text = (
         _templates()
@@ -93,7 +104,7 @@ def render(name: str, seen: Seen, *, here: str, title: str, **facts: Any) -> HTM
             **facts,
         )
     )
-    return HTMLResponse(text, headers={"cache-control": "no-store"})
+    return HTMLResponse(text, status, headers={"cache-control": "no-store"})
 
 
 def now_page(request: Request) -> Response:
@@ -109,10 +120,39 @@ def now_page(request: Request) -> Response:
         view=view,
         tiles=TILES,
         absent=("DRAM", "NVMe"),
-        last_steps=list(zip(*view["series"]["steps"]["columns"], strict=True))[
-            : -LAST_STEPS - 1 : -1
-        ],
+        last_steps=steps[: -LAST_STEPS - 1 : -1],
     )
+
+
+def requests_page(request: Request) -> Response:
+    """Who is here, and who was; with `rows` in the query only the rows, for a page that lives."""
+    seen, query = look(request), request.query_params
+    show = query.get("show", "all")
+    show, level = show if show in SHOWS else "all", query.get("class", "")
+    return render(
+        "rows.html.j2" if "rows" in query else "requests.html.j2",
+        seen,
+        here="/dashboard/requests",
+        title="Requests",
+        view=requests_view(seen, show=show, level=level),
+        show=show,
+        shows=SHOWS,
+        chosen=level,
+    )
+
+
+def request_page(request: Request) -> Response:
+    """The life of one request; 404 when it is not remembered."""
+    seen, name = look(request), request.path_params["id"]
+    known = (life for life in (*seen.live, *reversed(seen.past)) if life.id == name)
+    life = next(known, None)
+    here, title = "/dashboard/requests", f"Request {name[-6:]}"
+    if life is None:
+        template, facts, status = "unknown.html.j2", {"kept": len(seen.past)}, 404
+    else:
+        template = "life.html.j2" if "part" in request.query_params else "request.html.j2"
+        facts, status = {"view": life_view(seen, life)}, 200
+    return render(template, seen, here=here, title=title, status=status, **facts)
 
 
 class Events:
@@ -166,6 +206,8 @@ def routes() -> list[BaseRoute]:
     return [
         Route("/", to_now),
         Route("/dashboard", now_page),
+        Route("/dashboard/requests", requests_page),
+        Route("/dashboard/requests/{id}", request_page),
         Route("/dashboard/events", events),
         Mount("/dashboard/static", StaticFiles(packages=[("tierline.server", "static")])),
     ]

@@ -4,10 +4,13 @@ Inline SVG without a style attribute, so that the pages' content policy can refu
 code, and with words in it, so that no state is told by colour alone.
 """
 
-from collections.abc import Iterable
+import math
+from collections.abc import Iterable, Sequence
 from html import escape
 
-from tierline.server.life import StepSample
+from tierline.base.clock import PS_PER_S
+from tierline.base.units import format_seconds
+from tierline.server.life import Life, StepSample
 
 CELLS = 50  # of the memory strip: two per cent each
 
@@ -63,3 +66,133 @@ def _cells(held: int, cached: int, total: int) -> Iterable[str]:
         class_="strip",
         role="img",
     )
+
+
+# --- the life of a request ------------------------------------------------------------------
+
+# Where each part of a life is drawn: (top, height) of a bar of 24.  Waiting is thin, computing is
+# tall, so that the parts differ without their colours.
+BANDS = {
+    "queued": (10, 4),
+    "loading": (7, 10),
+    "prompt": (2, 20),
+    "decode": (5, 14),
+    "preempted": (9, 6),
+}
+NICE = (1, 2, 5)
+
+
+def life_bar(
+    life: Life,
+    parts: Sequence[tuple[str, int, int]],
+    end_ps: int,
+    *,
+    scale_ps: int = 0,
+    small: bool = False,
+) -> str:
+    """A life as one horizontal bar; `scale_ps` long ones fill the width (else its own length).
+
+    Horizontal places are percentages, so a picture is as wide as its column and its words keep
+    their size.
+    """
+    start_ps = life.arrival_ps
+    span_ps = max(scale_ps or end_ps - start_ps, 1)
+
+    def at(ps: int) -> float:
+        return 100 * min(max(ps - start_ps, 0), span_ps) / span_ps
+
+    drawn = [
+        _bar(at(start), at(end), *BANDS[kind], kind, f"{kind} {_span(start, end)}")
+        for kind, start, end in parts
+    ]
+    if small:
+        words = ", ".join(f"{kind} {_span(start, end)}" for kind, start, end in parts)
+        return _picture(drawn, 24, words or "nothing yet", "bar small")
+    drawn += [
+        element(
+            "line",
+            x1=f"{at(chunk.at_ps):.3f}%",
+            x2=f"{at(chunk.at_ps):.3f}%",
+            y1=2,
+            y2=22,
+            class_="cut",
+        )
+        for chunk in life.events
+        if chunk.kind == "prefill"
+    ]
+    if life.ttft_limit_s is not None and life.ttft_limit_s * PS_PER_S < span_ps:
+        x = f"{100 * life.ttft_limit_s * PS_PER_S / span_ps:.3f}%"
+        drawn.append(element("line", x1=x, x2=x, y1=0, y2=30, class_="limit"))
+        drawn.append(_word(x, 42, "TTFT promised", 100 * life.ttft_limit_s * PS_PER_S / span_ps))
+    drawn += _ticks(span_ps, 60)
+    words = ", ".join(f"{kind} {_span(start, end)}" for kind, start, end in parts)
+    return _picture(drawn, 64, f"From its arrival: {words}", "bar")
+
+
+def beside_columns(columns: Sequence[tuple[int, int]]) -> str:
+    """Others' tokens in equal slices of a life: generated below, of prompts on top."""
+    highest = max((decodes + prompt for decodes, prompt in columns), default=0) or 1
+    each, drawn = 100 / len(columns), []
+    for i, (decodes, prompt) in enumerate(columns):
+        base = 56.0
+        for tokens, kind in ((decodes, "decode"), (prompt, "prompt")):
+            height = 54.0 * tokens / highest
+            if tokens:
+                drawn.append(
+                    element(
+                        "rect",
+                        x=f"{i * each:.3f}%",
+                        width=f"{each * 0.9:.3f}%",
+                        y=base - height,
+                        height=height,
+                        class_=kind,
+                    )
+                )
+            base -= height
+    drawn.append(element("line", x1="0%", x2="100%", y1=56.5, y2=56.5, class_="base"))
+    most = f"at most {highest:,} tokens in one of {len(columns)} slices"
+    return _picture(drawn, 58, f"Tokens computed for others over its life, {most}", "bar beside")
+
+
+def _bar(start: float, end: float, top: int, height: int, kind: str, words: str) -> str:
+    return element(
+        "rect",
+        element("title", escape(words)),
+        x=f"{start:.3f}%",
+        width=f"{max(end - start, 0.15):.3f}%",
+        y=top,
+        height=height,
+        class_=kind,
+    )
+
+
+def _span(start_ps: int, end_ps: int) -> str:
+    return format_seconds((end_ps - start_ps) / PS_PER_S)
+
+
+def _picture(drawn: Sequence[str], height: int, words: str, class_: str) -> str:
+    title = element("title", escape(words))
+    return element(
+        "svg", title + "".join(drawn), width="100%", height=height, class_=class_, role="img"
+    )
+
+
+def _word(x: str, y: int, words: str, share: float) -> str:
+    anchor = "end" if share > 50 else "start"
+    return element("text", escape(words), x=x, y=y, text_anchor=anchor)
+
+
+def _ticks(span_ps: int, y: int) -> list[str]:
+    """At most five round instants below a bar, and the line that they stand on."""
+    span_s = span_ps / PS_PER_S
+    size = 10.0 ** math.floor(math.log10(span_s / 5))
+    step_s = next(n * size for n in (*NICE, 10) if n * size * 5 >= span_s)
+    drawn = [element("line", x1="0%", x2="100%", y1=46, y2=46, class_="base")]
+    for i in range(int(span_s / step_s) + 1):
+        share = 100 * i * step_s / span_s
+        x = f"{share:.3f}%"
+        anchor = "start" if i == 0 else "end" if share > 92 else "middle"
+        drawn.append(element("line", x1=x, x2=x, y1=46, y2=50, class_="base"))
+        words = format_seconds(i * step_s) if i else "arrival"
+        drawn.append(element("text", escape(words), x=x, y=y, text_anchor=anchor))
+    return drawn
