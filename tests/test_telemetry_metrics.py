@@ -7,12 +7,21 @@ from typing import Any
 
 import pytest
 import yaml
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from prometheus_client import CollectorRegistry, Histogram, generate_latest
 from prometheus_client.openmetrics.parser import (
     text_string_to_metric_families as parse_openmetrics,
 )
 from prometheus_client.parser import text_string_to_metric_families as parse_text
 
-from tierline.telemetry.meanings import FINISHED_REASONS, MEANINGS, OTHER, Meaning
+from tierline.telemetry.meanings import (
+    FINISHED_REASONS,
+    MEANINGS,
+    OTHER,
+    TTFT_BUCKETS,
+    Meaning,
+)
 from tierline.telemetry.metrics import Metrics, one_two_five
 
 # Copied by hand from what vLLM registers: vllm/v1/metrics/loggers.py, class PrometheusStatLogger,
@@ -264,6 +273,30 @@ def test_buckets_are_vllms_and_count_what_does_not_exceed_them() -> None:
     assert one_two_five(2048) == (1, 2, 5, 10, 20, 50, 100, 200, 500, 1000, 2000)
 
 
+@settings(max_examples=30, deadline=None)
+@given(st.lists(st.floats(min_value=0, max_value=1e4), max_size=50))
+def test_a_histogram_is_what_prometheus_client_makes_of_it(values: list[float]) -> None:
+    metrics = new_metrics()
+    registry = CollectorRegistry()
+    theirs = Histogram("ttft", "theirs", buckets=TTFT_BUCKETS, registry=registry)
+    for value in values:
+        theirs.observe(value)
+        metrics.first_token("batch", value)
+    expected = {
+        (s.name.removeprefix("ttft"), s.labels.get("le")): s.value
+        for family in parse_text(generate_latest(registry).decode())
+        for s in family.samples
+        if not s.name.endswith("_created")
+    }
+    name = "vllm:time_to_first_token_seconds"
+
+    assert expected == {
+        (found.removeprefix(name), dict(labels).get("le")): v
+        for (found, labels), v in samples(metrics).items()
+        if found.startswith(name)
+    }
+
+
 # Series are bounded
 
 
@@ -304,7 +337,7 @@ def test_the_servers_outcomes_are_these() -> None:
     assert set(OUTCOMES) == set(FINISHED_REASONS)
 
 
-@pytest.mark.parametrize("name", ['a"b', "a\nvllm:fake 1", "ünï\\code"])
+@pytest.mark.parametrize("name", ['a"b', "a\nvllm:fake 1", "ünï\\code", "a\rb", ""])
 def test_a_models_name_cannot_write_lines_of_its_own(name: str) -> None:
     body = Metrics(name).exposition()[0].decode()
     (running,) = [f for f in parse_text(body) if f.name == "vllm:num_requests_running"]

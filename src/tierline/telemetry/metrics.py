@@ -1,25 +1,23 @@
 """The owner of the server's counters, and their exposition for Prometheus.
 
-`server/recorder.py` calls the methods on the event loop, several for each token and request;
-the exposition is made when `/metrics` is asked for.  So the numbers are plain ones here, without
-prometheus-client's locks and per-metric objects, and its registry collects them at a scrape:
-0.14 us an observation instead of 0.70 us.  What has vLLM's name and ours is kept once, by class,
-and summed at the scrape; since nobody else writes meanwhile, every exposition is consistent.
+`server/recorder.py` calls the methods on the event loop, several for each token and request; a
+scrape reads them there, too.  So both are kept short.  Numbers are plain ones, without
+prometheus-client's locks and objects: 0.14 us an observation instead of 0.70 us, 0.3 us a token,
+7 us a finished request.  The text is written here, which takes 1.3 ms instead of 8 ms (no stream
+gets a token meanwhile), and OpenMetrics with the colons in vLLM's names, for which
+prometheus-client 0.26 writes underscores.  prometheus-client reads the process's metrics, and its
+parsers are what the text is tested with.
 
-INV-SRV-20 and INV-SRV-21 (see `meanings`) hold because the series are all made at construction.
+What has vLLM's name and ours is kept once, by class, and summed at the scrape; since nobody
+writes meanwhile, every exposition is consistent.  INV-SRV-20 and INV-SRV-21 (see `meanings`) hold
+because all series are made at construction.
 """
 
 from bisect import bisect_left
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from itertools import accumulate, product
 
 from prometheus_client import CollectorRegistry, ProcessCollector
-from prometheus_client.core import (
-    CounterMetricFamily,
-    GaugeMetricFamily,
-    HistogramMetricFamily,
-    Metric,
-)
 from prometheus_client.exposition import CONTENT_TYPE_PLAIN_0_0_4, generate_latest
 from prometheus_client.openmetrics import exposition as openmetrics
 from prometheus_client.utils import floatToGoString
@@ -29,7 +27,6 @@ from tierline.telemetry.meanings import (
     FINISHED_REASONS,
     KV_STATES,
     MEANINGS,
-    MODEL_LABELS,
     OTHER,
     STATUSES,
     Meaning,
@@ -60,12 +57,10 @@ class Histogram:
         self.counts[bisect_left(self.bounds, value)] += 1
         self.sum += value
 
-    def cumulative(self, bounds: Sequence[float]) -> Iterator[tuple[str, float]]:
-        """Each of `bounds`, which are some of this histogram's, and how many do not exceed it."""
+    def cumulative(self, bounds: Sequence[float]) -> list[int]:
+        """How many values do not exceed each of `bounds`, which are some of this histogram's."""
         upto = dict(zip(self.bounds, accumulate(self.counts), strict=False))
-        for bound in bounds:
-            yield floatToGoString(bound), upto[bound]  # type: ignore[no-untyped-call]
-        yield "+Inf", sum(self.counts)
+        return [upto[bound] for bound in bounds]
 
 
 class Metrics:
@@ -86,7 +81,7 @@ class Metrics:
         kv_blocks: int = 0,
         version: str = "",
     ) -> None:
-        self._model = (model_name, "0")
+        self._model = f'engine="0",model_name="{_escaped(model_name)}"'
         self._device = tiers[0]
         domains = {
             "class": tuple(dict.fromkeys((*levels, OTHER))),
@@ -120,9 +115,8 @@ class Metrics:
         self._step_seconds = self._histograms["tierline:step_seconds"][()]
         self._step_tokens = self._histograms["vllm:iteration_tokens_total"][()]
         self._generated = self._numbers["vllm:generation_tokens_total"]
-        self._registry = CollectorRegistry(auto_describe=False)
-        self._registry.register(self)
-        ProcessCollector(registry=self._registry)
+        self._process = CollectorRegistry()
+        ProcessCollector(registry=self._process)
 
     # What happens
 
@@ -260,36 +254,47 @@ class Metrics:
         OpenMetrics where the `Accept` header asks for it, else Prometheus' text format.
         """
         if OPENMETRICS not in accept:
-            text = generate_latest(self._registry)
-            return text, CONTENT_TYPE_PLAIN_0_0_4
-        # Not "underscores", its default: that writes vllm_... where the names have a colon.
-        text = openmetrics.generate_latest(  # type: ignore[no-untyped-call]
-            self._registry, escaping=openmetrics.ALLOWUTF8
-        )
-        return text, f"{OPENMETRICS}; version=1.0.0; charset=utf-8"
+            text = "".join(self._lines(suffix="_total"))
+            return text.encode() + generate_latest(self._process), CONTENT_TYPE_PLAIN_0_0_4
+        text = "".join(self._lines(suffix=""))
+        rest = openmetrics.generate_latest(self._process)  # type: ignore[no-untyped-call]
+        return text.encode() + rest, f"{OPENMETRICS}; version=1.0.0; charset=utf-8"
 
-    def collect(self) -> Iterable[Metric]:
-        """All metrics but the process's, for prometheus-client's registry."""
-        for meaning in MEANINGS:
-            if not meaning.of_process:
-                yield self._family(meaning)
+    def _lines(self, *, suffix: str) -> Iterator[str]:
+        """All metrics but the process's; counters are announced with `suffix`."""
+        for m in MEANINGS:
+            if m.of_process:
+                continue
+            announced = m.name.removesuffix("_total") + suffix if m.kind == "counter" else m.name
+            yield f"# HELP {announced} {m.text}\n# TYPE {announced} {m.kind}\n"
+            if m.kind == "histogram":
+                yield from self._histogram_lines(m)
+            else:
+                yield from self._number_lines(m)
 
-    def _family(self, meaning: Meaning) -> Metric:
-        names = (*MODEL_LABELS, *meaning.labels)
-        name, text = meaning.name, meaning.text
-        own = SUMMED.get(name, name)
-        if meaning.kind == "histogram":
-            histograms = HistogramMetricFamily(name, text, labels=names)
-            for labels, histogram in self._summed_histograms(own, meaning):
-                buckets = list(histogram.cumulative(self._bounds[name]))
-                histograms.add_metric([*self._model, *labels], buckets, histogram.sum)
-            return histograms
-        family = CounterMetricFamily if meaning.kind == "counter" else GaugeMetricFamily
-        numbers = family(name, text, labels=names)
-        values = self._numbers[own]
-        for labels, value in values.items() if own == name else [((), sum(values.values()))]:
-            numbers.add_metric([*self._model, *labels], value)
-        return numbers
+    def _number_lines(self, meaning: Meaning) -> Iterator[str]:
+        values = self._numbers[SUMMED.get(meaning.name, meaning.name)]
+        if meaning.name in SUMMED:
+            values = {(): sum(values.values())}
+        for labels, value in values.items():
+            yield f"{meaning.name}{{{self._labels(meaning, labels)}}} {float(value)!r}\n"
+
+    def _histogram_lines(self, meaning: Meaning) -> Iterator[str]:
+        name = meaning.name
+        bounds = self._bounds[name]
+        texts = [floatToGoString(b) for b in bounds]  # type: ignore[no-untyped-call]
+        for labels, histogram in self._summed_histograms(SUMMED.get(name, name), meaning):
+            about = self._labels(meaning, labels)
+            for bound, count in zip(texts, histogram.cumulative(bounds), strict=True):
+                yield f'{name}_bucket{{{about},le="{bound}"}} {count}.0\n'
+            count = sum(histogram.counts)
+            yield f'{name}_bucket{{{about},le="+Inf"}} {count}.0\n'
+            yield f"{name}_count{{{about}}} {count}.0\n{name}_sum{{{about}}} {histogram.sum!r}\n"
+
+    def _labels(self, meaning: Meaning, values: Labels) -> str:
+        """The labels of a series, the model's first."""
+        named = zip(meaning.labels, values, strict=True)
+        return ",".join((self._model, *(f'{name}="{_escaped(value)}"' for name, value in named)))
 
     def _summed_histograms(self, own: str, meaning: Meaning) -> list[tuple[Labels, Histogram]]:
         """The histograms by their labels, or without labels their sum."""
@@ -314,6 +319,11 @@ class Metrics:
 
     def _set(self, name: str, value: float, *labels: str) -> None:
         self._numbers[name][labels] = value
+
+
+def _escaped(value: str) -> str:
+    """A label's value, as both formats want it."""
+    return value.replace("\\", "\\\\").replace('"', '\\"').replace("\n", "\\n")
 
 
 def one_two_five(largest: int) -> tuple[float, ...]:
