@@ -39,9 +39,8 @@ def test_a_quantile_is_a_sample_within_a_percent(
     now_s = start_s
     for wait_s, values in steps:
         now_s += wait_s
-        for value in values:
-            window.add(now_s, value)
-            samples.append((now_s, value))
+        window.add(now_s, values)
+        samples += [(now_s, value) for value in values]
         kept = in_window(samples, now_s)
         found = window.at(now_s, RANKS)
 
@@ -58,8 +57,8 @@ def test_a_mean_of_quantiles_would_be_noticed() -> None:
     """Control: nine slices of fast answers and one of slow ones; the mean of p95 is neither."""
     window = Quantiles(window_s=WINDOW_S, slice_s=SLICE_S)
     for number in range(10):
-        for _ in range(100 if number == 4 else 10):
-            window.add(number * SLICE_S, 1.0 if number == 4 else 0.01)
+        samples = [1.0] * 100 if number == 4 else [0.01] * 10
+        window.add(number * SLICE_S, samples)
     found = window.at(9 * SLICE_S, (0.95,))
     each = [value for _, value in window.series(10 * SLICE_S, 0.95) if value is not None]
 
@@ -71,8 +70,8 @@ def test_a_mean_of_quantiles_would_be_noticed() -> None:
 
 def test_a_whole_slice_falls_out_at_a_time() -> None:
     window = Quantiles(window_s=10.0, slice_s=5.0)
-    window.add(1.0, 1.0)
-    window.add(6.0, 2.0)
+    window.add(1.0, [1.0])
+    window.add(6.0, [2.0])
 
     assert window.count(9.9) == 2
     assert window.count(10.0) == 1
@@ -82,8 +81,8 @@ def test_a_whole_slice_falls_out_at_a_time() -> None:
 
 def test_a_late_sample_counts_in_the_newest_slice() -> None:
     window = Quantiles(window_s=10.0, slice_s=5.0)
-    window.add(11.0, 1.0)
-    window.add(4.0, 2.0)
+    window.add(11.0, [1.0])
+    window.add(4.0, [2.0])
 
     assert window.count(11.0) == 2
     assert window.series(15.0, 1.0) == [(10.0, pytest.approx(2.0, rel=0.01))]
@@ -91,10 +90,10 @@ def test_a_late_sample_counts_in_the_newest_slice() -> None:
 
 def test_a_late_sample_after_a_pause_counts() -> None:
     window = Quantiles(window_s=10.0, slice_s=5.0)
-    window.add(1.0, 1.0)
+    window.add(1.0, [1.0])
 
     assert window.count(100.0) == 0
-    window.add(3.0, 2.0)
+    window.add(3.0, [2.0])
     assert window.count(4.0) == 1
 
 

@@ -102,11 +102,12 @@ class Quantiles(_Window):
     def __init__(self, *, window_s: float, slice_s: float = 5.0) -> None:
         super().__init__(window_s=window_s, slice_s=slice_s)
 
-    def add(self, at_s: float, value: float) -> None:
-        """Count a sample, which is not negative, at an instant."""
+    def add(self, at_s: float, values: Iterable[float]) -> None:
+        """Count samples at an instant; none is negative."""
         buckets = self._newest(at_s).buckets
-        key = ceil(log(value) * _PER_LOG) if value > _LEAST else _ZERO
-        buckets[key] = buckets.get(key, 0) + 1
+        for value in values:
+            key = ceil(log(value) * _PER_LOG) if value > _LEAST else _ZERO
+            buckets[key] = buckets.get(key, 0) + 1
 
     def count(self, at_s: float) -> int:
         """How many samples the window that ends at `at_s` holds."""
