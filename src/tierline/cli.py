@@ -7,6 +7,7 @@ environment or prints; `docs/reference/cli.md` is generated from its parsers. Ex
 
 import argparse
 import json
+import os
 import sys
 from collections.abc import Callable, Sequence
 from importlib.metadata import version
@@ -17,7 +18,15 @@ from tierline.base.errors import DependencyError, InputError, TierlineError
 
 Run = Callable[[argparse.Namespace], int]
 
-ENGINE_PACKAGES = ("gguf", "safetensors", "tokenizers", "torch")  # of the extra `engine`
+EXTRAS = {  # packages that a command may miss, by the extra that brings them
+    "engine": ("gguf", "safetensors", "tokenizers", "torch"),
+    "server": (
+        *("httptools", "llguidance", "opentelemetry", "orjson", "prometheus_client"),
+        *("pydantic", "starlette", "uvicorn", "uvloop"),
+    ),
+}
+
+KEYS_VARIABLE = "TIERLINE_KEYS"  # API keys of a server, separated by spaces
 
 PLAN_EXAMPLES = """\
 examples:
@@ -45,6 +54,13 @@ examples:
   tierline run path/to/model --temperature 0.7
 """
 
+
+SERVE_EXAMPLES = """\
+examples:
+  tierline serve demo
+  tierline serve path/to/model --embedded --key "$KEY" --host 0.0.0.0
+  tierline serve out/deployment.toml --model path/to/model.gguf
+"""
 
 CALIBRATE_EXAMPLES = """\
 examples:
@@ -300,6 +316,55 @@ def _answer(
     return 0
 
 
+def serve(args: argparse.Namespace) -> int:
+    """Serve a model, or a deployment file, to OpenAI's clients, with a page to watch it."""
+    from tierline.server.serve import Wish, run
+    from tierline.telemetry.logs import configure
+
+    configure(sys.stderr, level=args.log_level, log_prompts=args.log_prompts)
+    wish = Wish(
+        target=args.target,
+        model=args.model,
+        options=_engine_options(args),
+        host=args.host,
+        port=args.port,
+        keys=tuple(args.key or os.environ.get(KEYS_VARIABLE, "").split()),
+        names=tuple(_names(args.name) or ()),
+        data=_data_folder(args),
+        tool_format=args.tool_format,
+        input_tokens_max=args.input_max,
+        open_max=args.open_max,
+        drain_s=args.drain,
+        log_prompts=args.log_prompts,
+        version=version("tierline"),
+    )
+
+    def started(told: Any) -> None:
+        print(_json(told.to_dict()) if args.json else told, flush=True)
+
+    run(wish, started=started)
+    return 0
+
+
+def _engine_options(args: argparse.Namespace) -> dict[str, Any]:
+    """What was given of an engine's options; the rest is left to it."""
+    from tierline.base.units import parse_bytes
+    from tierline.engine.demo import models_folder
+
+    names = [*("dtype", "device", "kernels", "policy", "seed")]
+    names += ("positions_max", "sequences_max", "batch_tokens")
+    given = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
+    if args.kv_bytes is not None:
+        given["kv_bytes"] = parse_bytes(args.kv_bytes)
+    return given | {"kernels_folder": models_folder().parent / "kernels", "building": _building}
+
+
+def _data_folder(args: argparse.Namespace) -> Path | None:
+    if not (args.embedded or args.data):
+        return None
+    return Path(args.data or Path.home() / ".local" / "share" / "tierline").expanduser()
+
+
 def calibrate(args: argparse.Namespace) -> int:
     """Measure this machine in a minute and write its catalogue entry, to plan and simulate with."""
     import time
@@ -504,6 +569,7 @@ def build_parser() -> argparse.ArgumentParser:
     _add_export(commands)
     _add_accuracy(commands)
     _add_run(commands)
+    _add_serve(commands)
     _add_calibrate(commands)
     for run, name in ((models, "MODEL"), (gpus, "GPU")):
         command = _command(commands, run)
@@ -695,6 +761,65 @@ def _add_run(commands: Any) -> None:
     command.add_argument("--kv-bytes", metavar="SIZE", help="of the KV cache, such as 2GB")
 
 
+def _add_serve(commands: Any) -> None:
+    command = _command(commands, serve, SERVE_EXAMPLES)
+    command.add_argument(
+        "target", metavar="MODEL|DEPLOYMENT", help="a folder, a GGUF file, `demo`, or a .toml file"
+    )
+    command.add_argument("--model", help="the checkpoint, beside a deployment file")
+    command.add_argument(
+        "--name", action="append", metavar="NAME,...", help="what clients call it (its own name)"
+    )
+    command.add_argument("--host", default="127.0.0.1", help="to listen on (127.0.0.1)")
+    command.add_argument("--port", type=int, default=8000, help="0 takes a free one (8000)")
+    command.add_argument(
+        "--key",
+        action="append",
+        help=f"that callers have to show; repeat for more (or in {KEYS_VARIABLE}, which others on"
+        " this machine do not see)",
+    )
+    command.add_argument(
+        "--embedded", action="store_true", help="keep keys, usage and runs in a data folder"
+    )
+    command.add_argument(
+        "--data", metavar="FOLDER", help="that folder (~/.local/share/tierline); means --embedded"
+    )
+    _add_serving_limits(command)
+    engine = command.add_argument_group("engine (a deployment file says most of these)")
+    engine.add_argument("--dtype", help="fp32, bf16 or fp16 (as stored)")
+    engine.add_argument("--device", help="cpu, cuda or cuda:N (cuda if there)")
+    engine.add_argument("--kernels", help="native or torch (native if possible)")
+    engine.add_argument("--kv-bytes", metavar="SIZE", help="of the KV cache, such as 2GB")
+    engine.add_argument("--policy", help="tierline, fcfs, shortest, priority or edf (tierline)")
+    engine.add_argument("--positions-max", type=int, help="tokens of prompt and answer together")
+    engine.add_argument("--sequences-max", type=int, help="computed at once (64)")
+    engine.add_argument("--batch-tokens", type=int, help="of one step (512 on a CPU)")
+    engine.add_argument("--seed", type=int, help="of requests that have none of their own (0)")
+
+
+def _add_serving_limits(command: argparse.ArgumentParser) -> None:
+    command.add_argument(
+        "--tool-format", help="hermes, llama3_json or qwen3_coder (as the chat template says)"
+    )
+    command.add_argument(
+        "--input-max", type=int, metavar="TOKENS", help="longest input, 413 above (the model's)"
+    )
+    command.add_argument(
+        "--open-max", type=int, default=1024, metavar="N", help="requests here at once (1024)"
+    )
+    command.add_argument(
+        "--drain",
+        type=float,
+        default=30.0,
+        metavar="SECONDS",
+        help="for what is under way when told to stop (30)",
+    )
+    command.add_argument("--log-level", default="info", help="debug, info, warning or error (info)")
+    command.add_argument(
+        "--log-prompts", action="store_true", help="write prompts to the log; never done otherwise"
+    )
+
+
 def _add_calibrate(commands: Any) -> None:
     command = _command(commands, calibrate, CALIBRATE_EXAMPLES)
     command.add_argument("--name", help="of the entry (default this-machine)")
@@ -743,10 +868,12 @@ def main(argv: Sequence[str] | None = None) -> int:
             print(f"\nhint: {error.hint}", file=sys.stderr)
         return 2
     except ModuleNotFoundError as error:
-        if error.name not in ENGINE_PACKAGES:
+        package = (error.name or "").partition(".")[0]
+        extra = next((extra for extra, packages in EXTRAS.items() if package in packages), None)
+        if extra is None:
             raise
-        print(f"error: this command needs the package {error.name}", file=sys.stderr)
-        print("\nhint: pip install 'tierline[engine]'", file=sys.stderr)
+        print(f"error: this command needs the package {package}", file=sys.stderr)
+        print(f"\nhint: pip install 'tierline[{extra}]'", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("interrupted; nothing was written in part", file=sys.stderr)

@@ -10,7 +10,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import BaseRoute, Route
 
-from tierline.server import chat, completions, dashboard, embeddings, texts
+from tierline.server import admin, chat, completions, dashboard, embeddings, texts
 from tierline.server.browser import BrowserGuard, allowed_hosts
 from tierline.server.calls import bearer
 from tierline.server.errors import ApiError
@@ -43,6 +43,7 @@ def routes() -> list[BaseRoute]:
         Route("/health", health),
         Route("/ready", ready),
         Route("/metrics", metrics),
+        *admin.routes(),
         *dashboard.routes(),
     ]
 

@@ -1,11 +1,12 @@
 """What `tierline serve` runs: everything opened in order, served, drained, closed in order.
 
-`opened` is also what tests and benchmarks start a real server with; `serve` adds the socket and
-the signals.  The first SIGTERM or SIGINT closes the door and lets what is inside finish, within
-a limit; the second stops at once.
+`run` is all of it; `opened` is what tests and benchmarks start a real server with, `serve` adds
+the socket and the signals.  The first SIGTERM or SIGINT closes the door and lets what is inside
+finish, within a limit; the second stops at once.
 """
 
 import asyncio
+import gc
 import logging
 import secrets
 import signal
@@ -13,19 +14,26 @@ import socket
 import time
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import uvloop
+
 from tierline.base.errors import InputError
 from tierline.engine.async_engine import AsyncEngine
+from tierline.engine.build import open_engine
+from tierline.engine.demo import NAMES
 from tierline.engine.engine import Engine
 from tierline.engine.grammar import Grammars
+from tierline.server.admin import TOKEN_NAME, admin_token
 from tierline.server.app import application
 from tierline.server.browser import is_loopback
+from tierline.server.deployed import Serving, running_of_serving, serving_of
 from tierline.server.http import HttpServer, uvicorn_config
 from tierline.server.keys import Keys
 from tierline.server.recorder import Recorder
-from tierline.server.running import Running
+from tierline.server.running import Running, render_running
 from tierline.server.server import Server, Settings
 from tierline.server.service import Service
 from tierline.server.state import State
@@ -33,10 +41,137 @@ from tierline.server.tools import tool_format
 from tierline.telemetry.metrics import Metrics
 from tierline.telemetry.spans import request_tracer
 
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Wish:
+    """What an operator asked for."""
+
+    target: str  # a model, or a deployment file
+    model: str | None = None  # the checkpoint of a deployment, where it is not found by itself
+    options: Mapping[str, Any]  # of the engine, as given
+    host: str
+    port: int
+    keys: tuple[str, ...] = ()
+    names: tuple[str, ...] = ()  # (): as the model is called
+    data: Path | None = None  # None: nothing outlives the process
+    tool_format: str | None = None
+    input_tokens_max: int | None = None
+    open_max: int
+    drain_s: float
+    log_prompts: bool = False
+    version: str = ""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Started:
+    """A server that takes requests now, for whoever started it."""
+
+    url: str
+    running: Running
+    names: tuple[str, ...]
+    admin: str  # where the admin token is, in words
+
+    def __str__(self) -> str:
+        return (
+            f"{render_running(self.running)}\n"
+            f"dashboard  {self.url}/dashboard\n"
+            f"API        {self.url}/v1  (model {self.names[0]!r})\n"
+            f"admin      {self.admin}"
+        )
+
+    def to_dict(self) -> dict[str, Any]:
+        """The same for a program."""
+        return {
+            "url": self.url,
+            "dashboard": f"{self.url}/dashboard",
+            "models": list(self.names),
+            "admin": self.admin,
+            "running": self.running.to_dict(),
+        }
+
+
 DRAIN_POLL_S = 0.05
 CONNECTIONS_S = 2  # pages and idle connections have so long once all requests have ended
-
 log = logging.getLogger("tierline.server")
+
+
+def run(wish: Wish, *, started: Callable[[Started], None]) -> None:
+    """Serve until told to stop; `started` is told once requests are taken.
+
+    Raises `TierlineError` for whatever keeps it from serving, before anything is served.
+    """
+    _require(wish)
+    bound = listening(wish.host, wish.port)
+    with bound:
+        serving = serving_of(wish.target, model=wish.model, given=wish.options)
+        engine = open_engine(serving.path, serving.options)
+        running = running_of_serving(serving, engine)
+        gc.collect()
+        gc.freeze()  # what is here now stays: collections need not walk it
+        with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+            runner.run(_run(wish, serving, engine, running, bound, started))
+
+
+def _require(wish: Wish) -> None:
+    for name, value, least in (
+        ("--input-max", wish.input_tokens_max, 1),
+        ("--open-max", wish.open_max, 1),
+        ("--drain", wish.drain_s, 0),
+    ):
+        if value is not None and not value >= least:
+            raise InputError(f"{name} is {value}", hint=f"give {least} or more")
+    if not 0 <= wish.port < 1 << 16:
+        raise InputError(f"--port is {wish.port}", hint="a port is at most 65535; 0: a free one")
+
+
+async def _run(
+    wish: Wish,
+    serving: Serving,
+    engine: Engine,
+    running: Running,
+    bound: socket.socket,
+    started: Callable[[Started], None],
+) -> None:
+    # Without a folder to keep one in, there is a token for this run.
+    token = "" if wish.data else secrets.token_urlsafe(32)
+    admin = f"token in {wish.data / TOKEN_NAME}" if wish.data else f"token {token}, for this run"
+    settings = Settings(
+        model_names=wish.names or _names(wish, serving, running),
+        host=wish.host,
+        input_tokens_max=wish.input_tokens_max,
+        open_max=wish.open_max,
+        log_prompts=wish.log_prompts,
+        admin_token=token,
+    )
+    told = {k: v for k, v in wish.options.items() if isinstance(v, (str, int, float, bool))}
+    async with opened(
+        engine,
+        running,
+        settings,
+        data=wish.data,
+        keys=wish.keys,
+        tool_format_name=wish.tool_format,
+        version=wish.version,
+        options=told,
+    ) as server:
+
+        def ready(url: str) -> None:
+            log.info("serving", extra={"fields": {"address": url, "model": running.model}})
+            started(Started(url=url, running=running, names=settings.model_names, admin=admin))
+
+        await serve(server, bound, drain_s=wish.drain_s, started=ready)
+
+
+def _names(wish: Wish, serving: Serving, running: Running) -> tuple[str, ...]:
+    """What clients may call the model: as it was asked for by name, and as it calls itself."""
+    if serving.deployment is not None:
+        ref = serving.deployment.model
+        names = [ref.served_name, ref.name, running.model]
+    elif wish.target.lower() in NAMES:
+        names = [wish.target.lower(), running.model]
+    else:
+        names = [running.model]
+    return tuple(dict.fromkeys(names))
 
 
 @asynccontextmanager
@@ -60,6 +195,8 @@ async def opened(
     state = State.open(data)
     ended = "failed"
     try:
+        if data is not None and not settings.admin_token:
+            settings = replace(settings, admin_token=admin_token(data)[0])
         known = await Keys.open(state, static=keys, clock_s=clock_s)
         if not (known.required or is_loopback(settings.host)):
             raise InputError(
