@@ -17,6 +17,7 @@ from tierline.server.life import Life
 from tierline.server.recorder import Recorder
 from tierline.server.running import Running
 from tierline.telemetry.metrics import Metrics
+from tierline.telemetry.spans import request_tracer
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -85,15 +86,17 @@ def record(
 
 def recorder_of(engine: Engine, running: Running) -> Recorder:
     layout = engine.scheduler.layout
+    levels = [level.name for level in running.levels]
     metrics = Metrics(
         running.model,
-        levels=[level.name for level in running.levels],
+        levels=levels,
         positions_max=running.positions_max,
         block_tokens=layout.block_tokens,
         kv_blocks=engine.scheduler.pages.total // layout.pages_per_block,
         version="test",
     )
-    return Recorder(metrics, pages_per_block=layout.pages_per_block)
+    tracer = request_tracer("test")
+    return Recorder(metrics, tracer, levels=levels, pages_per_block=layout.pages_per_block)
 
 
 def life_of(arrival: Arrival, running: Running, *, number: int) -> Life:

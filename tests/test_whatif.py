@@ -24,7 +24,7 @@ from tierline.server.prediction import (
     scaled,
     step_fit,
 )
-from tierline.server.replay import as_run, at_load, replay, side_of, traffic_of
+from tierline.server.replay import at_load, replay, side_of, traffic_of
 from tierline.server.running import Running, running_of
 from tierline.server.whatif import Change, ask, change_of, changed, what_if, words_of
 from tierline.sim.api import simulate
@@ -92,7 +92,7 @@ def test_a_replay_gives_back_what_the_engine_did(checkpoint: Path, policy: str) 
     engine = tiny_engine(checkpoint, policy=policy, **SMALL)
     recorded = Recorded(engine, arrivals_of(requests=40, rps=1500, seed=3))
     run = replay(recorded.traffic, recorded.running.instance, policy=policy)
-    was = as_run(recorded.traffic)
+    was = recorded.traffic.measured
 
     assert list(run.requests.first_ps) == list(was.requests.first_ps)
     assert list(run.requests.finish_ps) == list(was.requests.finish_ps)
@@ -106,7 +106,7 @@ def test_another_policy_is_told_apart(busy: Recorded) -> None:
     """Negative control: the equality above is not that of anything with anything."""
     run = replay(busy.traffic, busy.running.instance, policy="fcfs")
 
-    assert list(run.requests.first_ps) != list(as_run(busy.traffic).requests.first_ps)
+    assert list(run.requests.first_ps) != list(busy.traffic.measured.requests.first_ps)
 
 
 def test_without_names_of_blocks_nothing_is_found_cached(busy: Recorded) -> None:
@@ -116,7 +116,7 @@ def test_without_names_of_blocks_nothing_is_found_cached(busy: Recorded) -> None
     run = replay(bare, busy.running.instance, policy="tierline")
 
     assert side_of(run).hit_share == 0
-    assert side_of(run).all.ttft.mean_s > side_of(as_run(busy.traffic)).all.ttft.mean_s
+    assert side_of(run).all.ttft.mean_s > side_of(busy.traffic.measured).all.ttft.mean_s
 
 
 def test_a_replay_is_the_simulators_own_run(busy: Recorded) -> None:
@@ -135,7 +135,8 @@ def test_who_is_cancelled_is_replayed_for_what_it_got(checkpoint: Path) -> None:
     arrivals = arrivals_of(requests=12, rps=500)
     arrivals[4] = replace(arrivals[4], output_tokens=20, cancelled_after=7)
     recorded = Recorded(tiny_engine(checkpoint, **SMALL), arrivals)
-    number = next(i for i, x in enumerate(recorded.traffic.lives) if x.outcome == "cancelled")
+    ordered = sorted(recorded.lives, key=lambda x: x.arrival_ps)
+    number = next(i for i, x in enumerate(ordered) if x.outcome == "cancelled")
 
     assert recorded.traffic.requests[number].output_tokens == 7
     assert not recorded.traffic.left_out
@@ -171,7 +172,8 @@ def test_what_cannot_be_replayed_is_counted() -> None:
     ]
     traffic = traffic_of(lives, LEVELS, block_tokens=16, requests_max=1)
 
-    assert traffic.lives == (lives[0],)
+    assert [r.arrival_ns for r in traffic.requests] == [5_000_000_000]
+    assert len(traffic.measured.requests) == 1
     assert traffic.left_out == (
         *("2 late", "1 refused", "1 under way", "1 without a token", "1 older ones"),
     )

@@ -16,7 +16,7 @@ from itertools import pairwise
 from tierline.perf.line import StepLine
 from tierline.perf.step import StepCost
 from tierline.server.life import Life, StepSample
-from tierline.server.replay import as_run, replay, side_of, traffic_of
+from tierline.server.replay import replay, side_of, traffic_of
 from tierline.server.running import Running
 from tierline.sim.instance import Instance
 from tierline.sim.measure import Spread
@@ -199,7 +199,7 @@ def class_fits(
     loop.  Raises `InputError` when no life can be replayed.
     """
     traffic = traffic_of(lives, running.levels, block_tokens=running.block_tokens)
-    measured = side_of(as_run(traffic))
+    measured = side_of(traffic.measured)
     instance = scaled(running.instance, scale)
     predicted = side_of(replay(traffic, instance, policy=running.policy))
     theirs = {fared.name: fared for fared in (predicted.all, *predicted.levels)}

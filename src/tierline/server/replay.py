@@ -1,9 +1,9 @@
 """Recorded traffic as requests that a simulation can serve again.
 
 `traffic_of` turns lives into requests: the same arrivals, lengths, classes and shared prefixes.
-`replay` serves them on an instance of this machine or of another one.  `as_run` puts what really
-happened into the same columns, so that measured and simulated figures are made by the same code
-(`fared`) and never disagree about what a percentile is.
+`replay` serves them on an instance of this machine or of another one.  What really happened is put
+into the same columns (`Traffic.measured`), so that measured and simulated figures are made by the
+same code (`side_of`) and never disagree about what a percentile is.
 
 A request that was cancelled is replayed for as many tokens as it got.  Who was refused, ended
 before a first token, or is not finished, leaves no work that could be replayed: it is counted in
@@ -48,7 +48,7 @@ class Traffic:
     requests: tuple[Request, ...]  # in order of arrival
     levels: tuple[ServiceLevel, ...]  # each with a priority of its own, the most urgent first
     block_tokens: int
-    lives: tuple[Life, ...]  # that the requests were made of
+    measured: Run  # what really happened, an entry for each life that is replayed
     left_out: tuple[str, ...]  # what was not, and why, in words
 
     @property
@@ -121,7 +121,7 @@ def traffic_of(
         requests=tuple(requests),
         levels=distinct,
         block_tokens=block_tokens,
-        lives=tuple(used),
+        measured=_measured(used, distinct),
         left_out=_left_out(lives, skipped=len(done) - len(used)),
     )
 
@@ -167,6 +167,34 @@ def _requests(life: Life, priority: int, limit_s: float | None) -> list[Request]
     ]
 
 
+def _measured(lives: Sequence[Life], levels: tuple[ServiceLevel, ...]) -> Run:
+    """What really happened, in the columns of a run."""
+    start_ps = lives[0].arrival_ps
+    numbers = {level.name: number for number, level in enumerate(levels)}
+    columns = Requests(len(lives))
+    for i, life in enumerate(lives):
+        assert life.first_ps is not None
+        last_ps = life.last_ps if life.last_ps is not None else life.first_ps
+        admitted_ps = life.admitted_ps if life.admitted_ps is not None else life.first_ps
+        columns.arrival_ps[i] = life.arrival_ps - start_ps
+        columns.admitted_ps[i] = admitted_ps - start_ps
+        columns.first_ps[i] = life.first_ps - start_ps
+        columns.finish_ps[i] = last_ps - start_ps
+        columns.itl_max_ps[i] = life.gap_longest_ps
+        columns.input_tokens[i] = life.prompt_tokens
+        columns.output_tokens[i] = max(life.output_tokens // life.answers, 1)
+        columns.cached_tokens[i] = life.cached_tokens
+        columns.preemptions[i] = life.preemptions
+        columns.level[i] = numbers.get(life.level, len(numbers) - 1)
+        columns.outcome[i] = FINISHED
+    return Run(
+        requests=columns,
+        levels=levels,
+        replicas=[ReplicaTotals(number=0, preemptions=sum(x.preemptions for x in lives))],
+        end_ps=max(columns.finish_ps),
+    )
+
+
 def at_load(requests: Sequence[Request], load: float) -> tuple[Request, ...]:
     """The same requests `load` times as densely; deadlines move with their arrivals."""
     start_ns = requests[0].arrival_ns
@@ -199,34 +227,6 @@ def replay(
         trace_block_tokens=traffic.block_tokens,
         seed=seed,
         keep_steps=True,
-    )
-
-
-def as_run(traffic: Traffic) -> Run:
-    """What really happened to the traffic's lives, in the columns of a run."""
-    lives, start_ps = traffic.lives, traffic.lives[0].arrival_ps
-    numbers = {level.name: number for number, level in enumerate(traffic.levels)}
-    columns = Requests(len(lives))
-    for i, life in enumerate(lives):
-        assert life.first_ps is not None
-        last_ps = life.last_ps if life.last_ps is not None else life.first_ps
-        admitted_ps = life.admitted_ps if life.admitted_ps is not None else life.first_ps
-        columns.arrival_ps[i] = life.arrival_ps - start_ps
-        columns.admitted_ps[i] = admitted_ps - start_ps
-        columns.first_ps[i] = life.first_ps - start_ps
-        columns.finish_ps[i] = last_ps - start_ps
-        columns.itl_max_ps[i] = life.gap_longest_ps
-        columns.input_tokens[i] = life.prompt_tokens
-        columns.output_tokens[i] = max(life.output_tokens // life.answers, 1)
-        columns.cached_tokens[i] = life.cached_tokens
-        columns.preemptions[i] = life.preemptions
-        columns.level[i] = numbers.get(life.level, len(numbers) - 1)
-        columns.outcome[i] = FINISHED
-    return Run(
-        requests=columns,
-        levels=traffic.levels,
-        replicas=[ReplicaTotals(number=0, preemptions=sum(x.preemptions for x in lives))],
-        end_ps=max(columns.finish_ps),
     )
 
 

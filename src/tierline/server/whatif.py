@@ -30,7 +30,7 @@ from tierline.kv.transfer import DRAM, NVME, REMOTE
 from tierline.perf.step import SEQUENCES_MAX, TOKENS_MAX, Layout, StepCost
 from tierline.scheduling.profiles import POLICIES
 from tierline.server.prediction import scaled
-from tierline.server.replay import Fared, Side, Traffic, as_run, replay, side_of
+from tierline.server.replay import Fared, Side, Traffic, replay, side_of
 from tierline.server.running import Running
 from tierline.sim.instance import Instance, build_instance
 from tierline.sim.measure import Spread
@@ -146,16 +146,16 @@ def what_if(traffic: Traffic, running: Running, change: Change, *, scale: float 
     after = side_of(
         replay(traffic, there, policy=change.policy or running.policy, load=change.load)
     )
-    measured = side_of(as_run(traffic))
+    measured = side_of(traffic.measured)
     words = words_of(change, running)
     return WhatIf(
         change=words,
-        sentence=_sentence(words, before, after, len(traffic.lives)),
+        sentence=_sentence(words, before, after, len(traffic.measured.requests)),
         believe=_believe(measured, before),
         before=before,
         after=after,
         measured=measured,
-        requests=len(traffic.lives),
+        requests=len(traffic.measured.requests),
         left_out=traffic.left_out,
         caveats=_caveats(change, running, after),
     )
@@ -352,11 +352,7 @@ async def ask(
 
     Raises what that raises, and `InputError` when it takes longer than `seconds_max`.
     """
-    # There, lives only say what was measured: without events and chains they are small.
-    light = replace(
-        traffic, lives=tuple(replace(life, events=[], chain=()) for life in traffic.lives)
-    )
-    question = pickle.dumps((light, running, change, scale))
+    question = pickle.dumps((traffic, running, change, scale))
     process = await asyncio.create_subprocess_exec(
         sys.executable,
         "-c",
