@@ -97,21 +97,25 @@ class Closer:
         matcher.unsafe_compute_mask_ptr(words.ctypes.data, words.nbytes)
         return words
 
-    def way(self, matcher: Any, place: Place, *, tokens_max: int) -> tuple[int, ...] | None:
+    def way(
+        self, matcher: Any, place: Place, *, tokens_max: int, nodes_max: int = NODES_MAX
+    ) -> tuple[int, ...] | None:
         """A short way to an accepting state, or None when none of `tokens_max` was found."""
-        found = self._search(matcher, place, tokens_max, guided=True)
-        return (
-            found if found is not None else self._search(matcher, place, tokens_max, guided=False)
-        )
+        if nodes_max < NODES_MAX:
+            return self._search(matcher, place, tokens_max, nodes_max, guided=True)
+        found = self._search(matcher, place, tokens_max, nodes_max, guided=True)
+        if found is None:
+            found = self._search(matcher, place, tokens_max, nodes_max, guided=False)
+        return found
 
     def _search(
-        self, matcher: Any, place: Place, tokens_max: int, *, guided: bool
+        self, matcher: Any, place: Place, tokens_max: int, nodes_max: int, *, guided: bool
     ) -> tuple[int, ...] | None:
         """Level by level. `guided` takes quotes and brackets for those of JSON."""
         start = Place(in_string=place.in_string, escaped=place.escaped)
         words = self.words_of(matcher)
         level = [_Node(matcher=matcher, tokens=(), produced_bytes=0, place=start, words=words)]
-        made = 0
+        made, beam = 0, BEAM if nodes_max == NODES_MAX else BEAM // 4
         for _ in range(tokens_max + 1):
             for node in level:
                 if node.matcher.is_accepting():
@@ -126,9 +130,9 @@ class Closer:
                     key = (child.words.tobytes(), child.place)
                     if key not in found or found[key].produced_bytes < child.produced_bytes:
                         found[key] = child
-            if not found or made > NODES_MAX:
+            if not found or made > nodes_max:
                 return None
-            level = sorted(found.values(), key=_hope)[:BEAM]
+            level = sorted(found.values(), key=_hope)[:beam]
         return None
 
     def _child(self, node: _Node, token: int) -> _Node | None:
@@ -155,7 +159,7 @@ class Closer:
             if ending.any():
                 return [int(t) for t in self.tried[ending]]
         if count(node.words) <= FEW:
-            return self._furthest(tokens_in(node.words))
+            return self._furthest(tokens_in(node.words).tolist())
         if guided and not node.place.in_string and (allowed & ~self._white).any():
             allowed &= ~self._white
         return [int(t) for t in self.tried[allowed]]
@@ -178,8 +182,8 @@ def _hope(node: _Node) -> tuple[int, bool, int]:
 
 def has(words: Words, tokens: NDArray[np.int64]) -> NDArray[np.bool_]:
     """Which of `tokens` are in a mask."""
-    bits: NDArray[np.uint32] = words[tokens >> 5] >> (tokens & 31).astype(np.uint32)
-    return (bits & 1) == 1
+    found: NDArray[np.bool_] = (words[tokens >> 5] >> (tokens & 31).astype(np.uint32)) & 1 == 1
+    return found
 
 
 def count(words: Words) -> int:
@@ -187,9 +191,9 @@ def count(words: Words) -> int:
     return int.from_bytes(words.tobytes(), "little").bit_count()
 
 
-def tokens_in(words: Words) -> list[int]:
+def tokens_in(words: Words) -> NDArray[np.int64]:
     """The tokens of a mask, in their order."""
     filled = np.flatnonzero(words)
     bits = np.unpackbits(words[filled].view(np.uint8), bitorder="little").reshape(-1, 32)
     rows, columns = np.nonzero(bits)
-    return [int(t) for t in filled[rows] * 32 + columns]
+    return (filled[rows] * 32 + columns).astype(np.int64)

@@ -47,7 +47,8 @@ BYTES_MAX = 1_000_000  # of a text
 GBNF_BYTES_MAX = 32_000  # of one that may have to be converted, in Python
 WAY_TOKENS_MAX = 1_024  # of the shortest answer, as it is looked for when compiling
 TESTED = 96  # tokens that a tight mask looks at one by one
-SEARCHED = 4  # of them, that get a search of their own
+SEARCHED = 2  # of them, that get a search of their own
+SEARCH_NODES = 150  # copies that such a search makes
 FREE_TOKENS = 8  # to spare, for any text in a string
 JSON_REACH_TOKENS = 16
 GRAMMAR_REACH_TOKENS = 256  # of a grammar whose text does not tell
@@ -114,12 +115,7 @@ class Grammars:
         start_s = self._now_s()
         source = _source(wanted)
         matcher = llguidance.LLMatcher(self._library, source, log_level=0, limits=_LIMITS)
-        first = matcher.deep_copy()  # what is too large shows when the first mask is computed
-        allowed = 0 if matcher.is_error() else count(self._shared.closer.words_of(first))
-        if first.is_error():
-            raise _explained(wanted.kind, first.get_error())
-        if not allowed:
-            raise _endless(wanted.kind)
+        self._try(wanted.kind, matcher.deep_copy())
         reach_tokens = _reach_tokens(wanted)
         way = self._shared.closer.way(matcher.deep_copy(), Place(), tokens_max=WAY_TOKENS_MAX)
         if self._now_s() - start_s > self._seconds_max:
@@ -134,6 +130,17 @@ class Grammars:
             reach_tokens=reach_tokens,
             patterned=_patterned(wanted),
         )
+
+    def _try(self, kind: str, probe: Any) -> None:
+        """Take a step: what is too large shows in the first masks, not before."""
+        for _ in range(2):
+            allowed = [] if probe.is_error() else tokens_in(self._shared.closer.words_of(probe))
+            if probe.is_error():
+                raise _explained(kind, probe.get_error())
+            if not len(allowed):
+                raise _endless(kind)
+            if not probe.is_stopped():
+                probe.consume_token(int(allowed[0]))
 
 
 class Grammar:
@@ -247,7 +254,7 @@ class Matcher:
         many = count(words) > TESTED
         if many and self._in_free_string(words, way, left_tokens):
             kept |= words & shared.plain
-        tested = self._tested(words) if many else tokens_in(words)
+        tested = self._tested(words) if many else tokens_in(words).tolist()
         searches = 0
         for token in tested:
             ends = (way[at:] for at in range(min(len(way) + 1, 4)))
@@ -265,7 +272,8 @@ class Matcher:
         chosen = [int(t) for t in tried[has(words, tried)]]
         chosen += [t for t in self._grammar.shared.eos_ids if has(words, np.array([t]))[0]]
         others = tokens_in(words)
-        return list(dict.fromkeys(chosen + others[:: len(others) // TESTED]))
+        sampled = others[:: len(others) // TESTED].tolist()
+        return list(dict.fromkeys(chosen + sampled))
 
     def _is_closed_behind(self, token: int, left_tokens: int) -> bool:
         closer = self._grammar.shared.closer
@@ -273,7 +281,8 @@ class Matcher:
         if not matcher.consume_token(token):
             return False
         place = self._place.after(closer.pieces[token])
-        return closer.way(matcher, place, tokens_max=left_tokens) is not None
+        way = closer.way(matcher, place, tokens_max=left_tokens, nodes_max=SEARCH_NODES)
+        return way is not None
 
     def _in_free_string(self, words: Words, way: tuple[int, ...], left_tokens: int) -> bool:
         """Whether any plain text may come and the way out stays what it is."""
@@ -284,7 +293,7 @@ class Matcher:
             return False
         plain = tokens_in(words & shared.plain)
         return len(plain) > TESTED and all(
-            self._leads_out((token, *way)) for token in plain[:: len(plain) // 4]
+            self._leads_out((token, *way)) for token in plain[:: len(plain) // 4].tolist()
         )
 
 
@@ -398,10 +407,15 @@ def _json_schema(texts: tuple[str, ...]) -> str:
         schema = json.loads(texts[0])
     except ValueError as error:
         raise RequestError(f"the schema is not JSON: {error}", hint="send it as JSON") from None
+    if schema is False:
+        raise RequestError("the schema is false: no value matches", hint="use true or an object")
+    if not isinstance(schema, dict | bool):
+        raise RequestError("the schema is not an object or boolean", hint="send a JSON schema")
     if isinstance(schema, dict) and "x-guidance" in schema:
         raise RequestError("the schema has x-guidance", hint="remove it: options are the server's")
+    text = "{}" if schema is True else texts[0]
     library: Any = llguidance.LLMatcher
-    return str(library.grammar_from_json_schema(texts[0], overrides=_OPTIONS))
+    return str(library.grammar_from_json_schema(text, overrides=_OPTIONS))
 
 
 def _regex(texts: tuple[str, ...]) -> str:
@@ -494,6 +508,8 @@ def _first_line(message: str) -> str:
 def _explained(kind: str, message: str) -> RequestError:
     """The library's message as one sentence and a hint."""
     name = _NAMES[kind]
+    if "NoExtension" in message:
+        return _endless(kind)
     if found := re.search(r"Unimplemented keys: \[(.*?)\]", message):
         keys = found[1].replace('"', "")
         return RequestError(
