@@ -23,8 +23,8 @@ from tierline.base.clock import PS_PER_S
 from tierline.base.errors import DependencyError, InputError, TierlineError
 from tierline.server import state as state_module
 from tierline.server.database import FILE_NAME, LOG_NAME, SCHEMA
-from tierline.server.life import Life
-from tierline.server.state import State, Usage, usage_of
+from tierline.server.life import OUTCOMES, Life
+from tierline.server.state import NOT_CHARGED, State, Usage, usage_of
 
 DAY_S = 86_400.0
 
@@ -194,6 +194,20 @@ def test_what_a_key_spent_is_known_at_once_and_after_a_restart(tmp_path: Path) -
 
     assert with_state(first, tmp_path) == 15
     assert with_state(second, tmp_path) == 15
+
+
+@pytest.mark.parametrize("outcome", OUTCOMES)
+def test_what_the_server_failed_is_recorded_and_not_charged(outcome: str, tmp_path: Path) -> None:
+    async def work(state: State) -> Any:
+        await state.add_key(key())
+        await state.record(usage(key_id="k1", outcome=outcome))
+        (kept,) = await state.keys()
+        (total,) = await state.totals(by=["key_id"])
+        return state.spent_tokens("k1"), kept.spent_tokens, total.prompt_tokens
+
+    charged = 0 if outcome in NOT_CHARGED else 15
+
+    assert with_state(work, tmp_path) == (charged, charged, 10)
 
 
 def test_keys_come_back_as_they_were(place: Path | None) -> None:

@@ -87,7 +87,7 @@ CREATE TABLE days (
 ) WITHOUT ROWID;
 CREATE TRIGGER usage_counts AFTER INSERT ON usage BEGIN
     UPDATE keys SET spent_tokens = spent_tokens + NEW.prompt_tokens + NEW.output_tokens
-        WHERE id = NEW.key_id;
+        WHERE id = NEW.key_id AND NEW.outcome NOT IN ('error', 'late');
     UPDATE runs SET requests = requests + 1,
         prompt_tokens = prompt_tokens + NEW.prompt_tokens,
         cached_tokens = cached_tokens + NEW.cached_tokens,

@@ -14,7 +14,7 @@ and past `KEPT_MAX` a record is dropped, counted, and its writer told.
 Invariants
     INV-SRV-10  an acknowledged record is committed: `kill -9` loses none
     INV-SRV-11  a request id is counted once, whoever records it again
-    INV-SRV-12  what a key has spent is the sum of its records
+    INV-SRV-12  what a key has spent is the sum of its records, without what the server failed
 """
 
 import asyncio
@@ -40,6 +40,7 @@ from tierline.server.life import Life
 T = TypeVar("T")
 
 GROUP_MAX = 1000  # records in a transaction
+NOT_CHARGED = ("error", "late")  # the server's fault; as in the trigger `usage_counts`
 KEPT_MAX = 100_000  # records that wait for the disk, at most; some 50 MB
 DOORS_CLOSE = 90_000
 PAUSE_S, PAUSE_S_MAX = 0.05, 1.0  # between attempts while the disk refuses
@@ -191,10 +192,10 @@ class State:
     def record(self, usage: Usage) -> "asyncio.Future[bool]":
         """Keep a record: True once it is committed, False if it never will be.
 
-        Need not be awaited.  Its tokens count as spent at once.
+        Need not be awaited.  Its tokens count as spent at once, unless the server failed it.
         """
         done: asyncio.Future[bool] = asyncio.get_running_loop().create_future()
-        if usage.key_id in self._spent_tokens:
+        if usage.key_id in self._spent_tokens and usage.outcome not in NOT_CHARGED:
             self._spent_tokens[usage.key_id] += usage.prompt_tokens + usage.output_tokens
         if self._waiting >= KEPT_MAX:
             self.dropped += 1
