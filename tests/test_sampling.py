@@ -518,7 +518,7 @@ def test_an_impossible_token_is_not_an_error() -> None:
     assert set(draw(logits.repeat(200, 1), rows)) == {1, 3}
 
 
-@pytest.mark.parametrize("temperature", [1e-45, 1e-9, 1e6])
+@pytest.mark.parametrize("temperature", [1e-300, 1e-45, 1e-9, 1e6])
 @pytest.mark.parametrize("top_p", [1.0, 1e-9, 0.5])
 def test_extreme_temperatures_give_a_token(temperature: float, top_p: float) -> None:
     params = SamplingParams(temperature=temperature, top_p=top_p)

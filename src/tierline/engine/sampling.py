@@ -32,6 +32,7 @@ from tierline.base.errors import DependencyError, RequestError, TierlineError
 
 CHUNK = 64  # logits under one maximum
 WEIGHTS_AT_ONCE = 1 << 20  # of rows that are drawn: 4 MB, so that they stay in the cache
+COLDEST = 1e-30  # a colder draw is greedy: float32 would divide by nothing
 CANDIDATES = 128  # tokens that usually hold a row's top-p mass
 STOPS_MAX = 10_000
 STOP_CHARACTERS_MAX = 4_096
@@ -105,7 +106,7 @@ class SamplingParams:
     @property
     def greedy(self) -> bool:
         """Whether the likeliest token is taken, without a draw."""
-        return self.temperature == 0 or self.top_k == 1
+        return self.temperature < COLDEST or self.top_k == 1
 
     def warnings(self) -> list[str]:
         """What is allowed and hardly meant."""
@@ -354,6 +355,7 @@ class Sampler:
             if token >= self.vocabulary:
                 raise _wrong(name, token, f"below the model's vocabulary of {self.vocabulary}")
 
+    @torch.inference_mode()  # as the network's logits are, which are changed in place
     def sample(
         self,
         logits: torch.Tensor,
