@@ -21,6 +21,7 @@ TYPES = {"dict": "object", "float": "number", "tuple": "array"}
 WRONG = {
     "simple_python_200": "a required parameter is missing",
     "parallel_multiple_21": "a text in place of an array",
+    "parallel_multiple_26": "a parameter that the tool does not have",
     "parallel_multiple_94": "a text in place of an integer",
     "live_simple_71-35-0": "the enumeration has no array, as which it is declared",
 }
@@ -108,7 +109,7 @@ def cases(data_dir: Path, name: str) -> list[Case]:
 
 def breaches(case: Case) -> list[str]:
     """What is wrong with the case's own answer."""
-    schemas = {tool.name: tool.parameters for tool in case.tools}
+    schemas = {tool.name: {**tool.parameters, "additionalProperties": False} for tool in case.tools}
     return [
         error.message
         for name, arguments in case.calls
