@@ -323,6 +323,26 @@ def test_matchers_know_nothing_of_each_other() -> None:
     assert grammars().compile(schema(TREE)) is grammar
 
 
+def test_a_matcher_that_reaches_a_limit_takes_no_other_along() -> None:
+    """Copies share a lexer: when one is spoiled, the others go on with a new one."""
+    grammar = grammars().compile(schema(closed({"deed": {"type": "string", "minLength": 7}})))
+    spoiled, other = grammar.matcher(), grammar.matcher()
+    begun = tokenizer().encode('{"deed":"done', special=False)
+    for token in begun[:-1]:
+        other.accept(token)
+    other._inner.consume_token(0)  # special: the library is in error from here on
+    spoiled._inner.consume_token(0)
+
+    assert other._inner.is_error()
+    assert not other.over
+    other.accept(begun[-1])
+    expected = grammar.matcher()
+    for token in begun:
+        expected.accept(token)
+    assert torch.equal(other.mask(10**6), expected.mask(10**6))
+    assert torch.equal(spoiled.mask(10**6), grammar.matcher().mask(10**6))
+
+
 @pytest.fixture(scope="module")
 def engine_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tiny_checkpoint("llama", tmp_path_factory.mktemp("grammar"))

@@ -42,7 +42,7 @@ from tierline.engine.closing import Closer, Place, Words, count, has, tokens_in
 from tierline.engine.schema_size import REACH_MAX_TOKENS, SchemaSize, pattern_bytes
 from tierline.engine.tokenizer import Tokenizer
 
-CACHED = 128  # compiled grammars that are kept
+CACHED = 64  # compiled grammars that are kept
 BYTES_MAX = 1_000_000  # of a text
 GBNF_BYTES_MAX = 32_000  # of one that may have to be converted, in Python
 WAY_TOKENS_MAX = 1_024  # of the shortest answer, as it is looked for when compiling
@@ -61,7 +61,11 @@ _OPTIONS = {
     "lenient": False,
 }
 _LIMITS = llguidance.LLParserLimits(
-    initial_lexer_fuel=300_000, step_max_items=20_000, max_lexer_states=50_000, verbose_errors=False
+    initial_lexer_fuel=300_000,
+    step_lexer_fuel=1_000_000,
+    step_max_items=20_000,
+    max_lexer_states=20_000,
+    verbose_errors=False,
 )
 
 
@@ -114,7 +118,11 @@ class Grammars:
     def _compiled(self, wanted: Wanted) -> "Grammar":
         start_s = self._now_s()
         source = _source(wanted)
-        matcher = llguidance.LLMatcher(self._library, source, log_level=0, limits=_LIMITS)
+
+        def start() -> Any:
+            return llguidance.LLMatcher(self._library, source, log_level=0, limits=_LIMITS)
+
+        matcher = start()
         self._try(wanted.kind, matcher.deep_copy())
         reach_tokens = _reach_tokens(wanted)
         way = self._shared.closer.way(matcher.deep_copy(), Place(), tokens_max=WAY_TOKENS_MAX)
@@ -124,7 +132,7 @@ class Grammars:
                 hint="make it smaller: fewer alternatives, smaller counts of repetition",
             )
         return Grammar(
-            matcher,
+            start,
             self._shared,
             way=way,
             reach_tokens=reach_tokens,
@@ -148,14 +156,14 @@ class Grammar:
 
     def __init__(
         self,
-        start: Any,
+        start: Callable[[], Any],
         shared: "Shared",
         *,
         way: tuple[int, ...] | None,
         reach_tokens: int,
         patterned: bool,
     ) -> None:
-        self._start = start
+        self._make, self._start = start, start()
         self.shared = shared
         self.way = way  # tokens of a short answer; None: none was found
         self.reach_tokens = reach_tokens  # by how much one token lengthens the way out, at most
@@ -165,14 +173,24 @@ class Grammar:
         """The start of one answer."""
         return Matcher(self, self._start.deep_copy())
 
+    def renewed(self) -> Any:
+        """A start that shares nothing with the copies so far.
+
+        Copies share what they learned of the lexer, and with it the limit on that: when one of
+        them reaches it, all fail, and so would those to come.
+        """
+        self._start = self._make()
+        return self._start.deep_copy()
+
 
 class Matcher:
     """Where one answer is in its grammar. One thread at a time."""
 
-    __slots__ = ("_fresh", "_grammar", "_inner", "_look_at", "_place", "_way")
+    __slots__ = ("_fresh", "_grammar", "_inner", "_look_at", "_place", "_said", "_way")
 
     def __init__(self, grammar: Grammar, inner: Any) -> None:
         self._grammar, self._inner = grammar, inner
+        self._said: list[int] = []
         self._place = Place()
         self._way = grammar.way  # the last one that was found
         self._fresh = True  # whether it leads out from here
@@ -181,12 +199,16 @@ class Matcher:
     @property
     def over(self) -> bool:
         """Whether the answer is complete and nothing may follow."""
-        return bool(self._inner.is_stopped())
+        return bool(self._inner.is_stopped() and not self._inner.is_error())
 
     def accept(self, token: int) -> None:
         """The token that was taken; one that the mask allowed."""
         taken = self._inner.consume_token(token)
+        if not taken:
+            self._renew()
+            taken = self._inner.consume_token(token)
         assert taken, f"token {token} was masked"
+        self._said.append(token)
         self._place = self._place.after(self._grammar.shared.closer.pieces[token])
         if self._fresh and self._way and self._way[0] == token:
             self._way = self._way[1:]
@@ -200,6 +222,9 @@ class Matcher:
         """
         words = self._grammar.shared.closer.words_of(self._inner)
         if self._inner.is_error():
+            self._renew()
+            words = self._grammar.shared.closer.words_of(self._inner)
+        if self._inner.is_error():
             raise RequestError(
                 f"the grammar is too complex to go on: {_first_line(self._inner.get_error())}",
                 hint="make it simpler: fewer ambiguous rules, smaller counts of repetition",
@@ -210,6 +235,11 @@ class Matcher:
             words.view(np.uint8), bitorder="little", count=len(self._grammar.shared.closer.pieces)
         )
         return torch.from_numpy(bits.view(np.bool_))
+
+    def _renew(self) -> None:
+        """Come here again on a start of its own: what failed may have been another's doing."""
+        self._inner = self._grammar.renewed()
+        self._inner.consume_tokens(self._said)
 
     def _within(self, words: Words, left_tokens: int) -> Words:
         """Of a mask, what leaves room for the way out."""
