@@ -34,7 +34,7 @@ if TYPE_CHECKING:
     from tierline.engine.engine import Engine
 
 TYPICAL_PROMPT_TOKENS, TYPICAL_OUTPUT_TOKENS = 512, 128
-CURVE_REQUESTS = 400  # of every load that is tried: a p99 is more than one request
+CURVE_REQUESTS = 200  # of every load that is tried: a p99 is more than one request
 CURVE_SHARES = (0.1, 0.25, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95)  # of what a full batch reaches
 PATIENCE_S = 60.0  # a promise of more than this would make the class a background one
 NICE = (1, 1.5, 2, 3, 4, 5, 6, 8, 10)
