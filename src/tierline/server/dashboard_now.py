@@ -92,7 +92,7 @@ def _promises(seen: Seen, recent: Sequence[Life]) -> str:
     """Which class breaks what, or that none does."""
     broken, promised = [], 0
     for level in seen.levels:
-        values = _ttfts(recent, level.name)
+        values = ttfts(recent, level.name)
         for metric, found in (("ttft", values), ("itl", None)):
             for target in level.targets:
                 if target.metric != metric:
@@ -128,7 +128,7 @@ def _class(seen: Seen, level: ServiceLevel, recent: Sequence[Life]) -> dict[str,
     """A row of the table of classes."""
     name = level.name
     live = [life for life in seen.live if life.level == name]
-    ttfts, gaps = _ttfts(recent, name), seen.gaps_s.get(name) or (None, None, None)
+    waits, gaps = ttfts(recent, name), seen.gaps_s.get(name) or (None, None, None)
     said = {
         f"{name} waiting": number(sum(life.state == "waiting" for life in live)),
         f"{name} running": number(sum(life.state != "waiting" for life in live)),
@@ -136,7 +136,7 @@ def _class(seen: Seen, level: ServiceLevel, recent: Sequence[Life]) -> dict[str,
         f"{name} mark": Shown(mark(seen.place(name))),
     }
     for metric, values in (
-        ("ttft", [quantile(ttfts, p) for p in PERCENTILES]),
+        ("ttft", [quantile(waits, p) for p in PERCENTILES]),
         ("itl", list(gaps)),
     ):
         for p, value in zip(PERCENTILES, values, strict=True):
@@ -160,7 +160,8 @@ def _kept(level: ServiceLevel, metric: str, found: dict[float, float | None]) ->
     return Shown(f"{verdict}: {promise}", f"{value:.6f} s against {target.limit_s:g} s")
 
 
-def _ttfts(recent: Sequence[Life], level: str) -> list[float]:
+def ttfts(recent: Sequence[Life], level: str) -> list[float]:
+    """Sorted seconds to the first token of a class's requests."""
     return sorted(life.ttft_s for life in recent if life.level == level and life.ttft_s is not None)
 
 

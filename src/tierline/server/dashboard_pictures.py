@@ -5,11 +5,12 @@ code, and with words in it, so that no state is told by colour alone.
 """
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from html import escape
+from itertools import pairwise
 
 from tierline.base.clock import PS_PER_S
-from tierline.base.units import format_seconds
+from tierline.base.units import format_bytes, format_seconds
 from tierline.server.life import Life, StepSample
 
 CELLS = 50  # of the memory strip: two per cent each
@@ -196,3 +197,153 @@ def _ticks(span_ps: int, y: int) -> list[str]:
         words = format_seconds(i * step_s) if i else "arrival"
         drawn.append(element("text", escape(words), x=x, y=y, text_anchor=anchor))
     return drawn
+
+
+# --- memory, load, shares -------------------------------------------------------------------
+
+
+def memory_bar(parts: Sequence[tuple[str, float]]) -> str:
+    """Bytes as one stacked bar, each part as wide as its share."""
+    total = sum(count for _, count in parts) or 1.0
+    drawn, start = [], 0.0
+    for kind, count in parts:
+        width = 100 * count / total
+        words = f"{kind}: {format_bytes(count)}, {width:.1f} %"
+        drawn.append(_bar(start, start + width, 2, 34, kind, words))
+        if kind == "cached":
+            drawn.append(
+                element(
+                    "rect", x=f"{start:.3f}%", width=f"{width:.3f}%", y=17, height=4, class_="band"
+                )
+            )
+        start += width
+    words = ", ".join(f"{kind} {format_bytes(count)}" for kind, count in parts)
+    return _picture(drawn, 38, f"Memory of the device: {words}", "bar memory")
+
+
+class _Frame:
+    """A frame with places in per cent across and pixels down; logarithmic where asked."""
+
+    def __init__(
+        self, xs: Sequence[float], ys: Sequence[float], *, log_x: bool, log_y: bool
+    ) -> None:
+        self.height, self.left, self.right = 210, 9.0, 98.0
+        self.x = _scale(xs, log=log_x, start=self.left, end=self.right)
+        self.y = _scale(ys, log=log_y, start=self.height - 26.0, end=8.0)
+
+    def curve(self, points: Sequence[tuple[float, float]], class_: str) -> list[str]:
+        """A line through points."""
+        return [
+            element(
+                "line",
+                x1=f"{self.x(a):.3f}%",
+                x2=f"{self.x(c):.3f}%",
+                y1=self.y(b),
+                y2=self.y(d),
+                class_=class_,
+            )
+            for (a, b), (c, d) in pairwise(points)
+        ]
+
+    def across(self, y: float, words: str, class_: str) -> list[str]:
+        """A horizontal line with its words."""
+        at = self.y(y)
+        line = element("line", x1=f"{self.left}%", x2=f"{self.right}%", y1=at, y2=at, class_=class_)
+        return [
+            line,
+            element("text", escape(words), x=f"{self.left - 0.8}%", y=at + 4, text_anchor="end"),
+        ]
+
+    def down(self, x: float, words: str, class_: str) -> list[str]:
+        """A vertical line, and words below it."""
+        at = self.x(x)
+        place = f"{at:.3f}%"
+        line = element("line", x1=place, x2=place, y1=8, y2=self.height - 26, class_=class_)
+        anchor = "start" if at < 15 else "end" if at > 90 else "middle"
+        return [
+            line,
+            element("text", escape(words), x=place, y=self.height - 10, text_anchor=anchor),
+        ]
+
+
+def _scale(
+    values: Sequence[float], *, log: bool, start: float, end: float
+) -> Callable[[float], float]:
+    known = [math.log10(v) if log else v for v in values if v > 0 or not log]
+    low, high = min(known, default=0.0), max(known, default=1.0)
+    span = (high - low) or 1.0
+
+    def place(value: float) -> float:
+        shown = math.log10(max(value, 1e-9)) if log else value
+        return start + (end - start) * min(max((shown - low) / span, 0.0), 1.0)
+
+    return place
+
+
+def curve_picture(
+    points: Sequence[tuple[float, float, float]],
+    *,
+    limit_s: float | None,
+    usable_rps: float | None,
+    measured: tuple[float, float] | None,
+) -> str:
+    """TTFT p50 and p99 against requests/s, both predicted; the promise; where we are now."""
+    most = max((rps for rps, _, _ in points), default=1.0)
+    times = [t for _, p50, p99 in points for t in (p50, p99)]
+    times += [limit_s] if limit_s else []
+    times += [measured[1]] if measured else []
+    frame = _Frame(
+        [0.0, max(most, measured[0] if measured else 0.0)], times, log_x=False, log_y=True
+    )
+    drawn: list[str] = []
+    for decade in _decades(times):
+        drawn += frame.across(decade, format_seconds(decade), "grid")
+    for share in (0.0, 0.25, 0.5, 0.75, 1.0):
+        words = f"{most * share:.2g}" + (" requests/s" if share == 1 else "")
+        drawn += frame.down(most * share, words, "grid")
+    drawn += frame.curve([(rps, p50) for rps, p50, _ in points], "curve thin")
+    drawn += frame.curve([(rps, p99) for rps, _, p99 in points], "curve")
+    if limit_s:
+        drawn.append(frame.across(limit_s, "", "limit")[0])
+    if usable_rps:
+        drawn.append(frame.down(usable_rps, "", "usable")[0])
+    if measured:
+        tip = element(
+            "title", f"now: {measured[0]:.3g} requests/s, TTFT p99 {format_seconds(measured[1])}"
+        )
+        place = {"cx": f"{frame.x(measured[0]):.3f}%", "cy": frame.y(measured[1])}
+        drawn.append(element("circle", tip, **place, r=6, class_="here"))
+    return _picture(
+        drawn, frame.height, "TTFT against load, predicted, and measured now", "bar chart"
+    )
+
+
+def shares_picture(curves: Mapping[str, Sequence[tuple[float, float]]]) -> str:
+    """Cumulative shares over seconds (logarithmic), all in one frame."""
+    known = {name: points for name, points in curves.items() if points}
+    xs = [max(x, 1e-6) for points in known.values() for x, _ in points]
+    if not xs:
+        return ""
+    frame = _Frame(xs, [0.0, 1.0], log_x=True, log_y=False)
+    drawn: list[str] = []
+    for share in (0.0, 0.5, 0.9, 1.0):
+        drawn += frame.across(share, f"{share:.0%}", "grid")
+    for decade in _decades(xs):
+        drawn += frame.down(decade, format_seconds(decade), "grid")
+    for i, name in enumerate(curves):
+        if name in known:
+            drawn += frame.curve(known[name], f"curve side-{i}")
+    return _picture(drawn, frame.height, f"Shares by time: {', '.join(known)}", "bar chart")
+
+
+def _decades(values: Sequence[float]) -> list[float]:
+    """Powers of ten among values, or round numbers where there are too few of those."""
+    known = [v for v in values if v > 0]
+    if not known:
+        return []
+    low, high = min(known), max(known)
+    first, last = math.floor(math.log10(low)), math.ceil(math.log10(high))
+    found = [10.0**n for n in range(first, last + 1) if low <= 10.0**n <= high]
+    if len(found) > 1:
+        return found
+    return [m * 10.0**n for n in range(first, last + 1) for m in NICE if low <= m * 10.0**n <= high]
