@@ -79,7 +79,7 @@ class SamplingParams:
         _real(self, "temperature", low=0.0, high=1e6)
         _real(self, "top_p", low=0.0, high=1.0, open_low=True)
         _real(self, "min_p", low=0.0, high=1.0)
-        _real(self, "repetition_penalty", low=0.0, high=1e6, open_low=True)
+        _real(self, "repetition_penalty", low=1e-3, high=1e6)  # 1e-40 makes a logit infinite
         _real(self, "frequency_penalty", low=-100.0, high=100.0)
         _real(self, "presence_penalty", low=-100.0, high=100.0)
         _whole(self, "top_k", low=-1, high=2**31 - 1)

@@ -10,7 +10,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import BaseRoute, Route
 
-from tierline.server import admin, chat, completions, dashboard, embeddings, texts
+from tierline.server import admin, chat, completions, dashboard, embeddings, responses, texts
 from tierline.server.browser import BrowserGuard, allowed_hosts
 from tierline.server.calls import bearer
 from tierline.server.errors import ApiError
@@ -34,6 +34,7 @@ def routes() -> list[BaseRoute]:
     """Every path of the server."""
     return [
         Route("/v1/chat/completions", chat.ENDPOINT, methods=["POST"]),
+        Route("/v1/responses", responses.ENDPOINT, methods=["POST"]),
         Route("/v1/completions", completions.ENDPOINT, methods=["POST"]),
         Route("/v1/embeddings", embeddings.ENDPOINT, methods=["POST"]),
         Route("/v1/models", models),

@@ -35,6 +35,13 @@ UNSUPPORTED: dict[str, tuple[tuple[Any, ...], str]] = {
     "verbosity": (("medium",), "the model's template has no such switch"),
     "moderation": ((), "there is no moderation model here"),
     "prompt_cache_options": ((), "prefixes are cached by what they say, for as long as they fit"),
+    "background": ((False,), "answers are not kept"),
+    "previous_response_id": ((), "answers are not kept: send the whole conversation"),
+    "conversation": ((), "conversations are not kept: send the whole one"),
+    "prompt": ((), "prompt templates are not kept here"),
+    "reasoning": ((), "the model's template has no such switch"),
+    "max_tool_calls": ((), "there are no built-in tools"),
+    "context_management": ((), "inputs are not shortened here"),
     "best_of": ((1,), "ask for n answers and choose"),
     "suffix": (("",), "this model continues texts, it does not fill gaps"),
 }
@@ -303,9 +310,10 @@ class DetokenizeAsked(Shape):
 
 def require_supported(asked: Shape) -> None:
     """Raise `ApiError` for the first parameter that is set and has no effect here."""
-    for name in asked.model_fields_set:
-        entry = UNSUPPORTED.get(name)
-        if entry is not None:
-            value = getattr(asked, name)
-            if value is not None and value not in entry[0]:
-                raise unsupported(name, entry[1])
+    for name in sorted(asked.model_fields_set):
+        if type(asked).model_fields[name].annotation is not Any:
+            continue  # a shape that honours it says what it takes
+        passing, why = UNSUPPORTED[name]
+        value = getattr(asked, name)
+        if value is not None and value not in passing:
+            raise unsupported(name, why)
