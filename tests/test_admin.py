@@ -3,6 +3,7 @@ without the admin token gets any of it."""
 
 import json
 import logging
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ import httpx
 import pytest
 
 from servers import MODEL, Served, engine_of, served
-from tierline.server import admin, app
+from tierline.server import admin
 from tierline.server.admin import TOKEN_NAME, admin_token
 from tiny_checkpoints import tiny_checkpoint
 
@@ -46,16 +47,6 @@ class Operator:
         """One answer of the tiny model; status and JSON."""
         body = {"model": MODEL, "prompt": prompt, "max_tokens": tokens, "ignore_eos": True}
         return self.ask("POST", "/v1/completions", body, token=token)
-
-
-@pytest.fixture(scope="module", autouse=True)
-def mounted() -> Iterator[None]:
-    """The application with these paths, also where it does not take them in itself."""
-    routes = app.routes
-    with pytest.MonkeyPatch.context() as patch:
-        if not any(getattr(r, "path", "").startswith("/admin") for r in routes()):
-            patch.setattr(app, "routes", lambda: [*routes(), *admin.routes()])
-        yield
 
 
 @pytest.fixture(scope="module")
@@ -260,6 +251,33 @@ def test_runs_are_remembered(checkpoint: Path, tmp_path: Path) -> None:
 
     assert [(r["ended"], r["requests"]) for r in found] == [("", 2), ("stopped", 1)]
     assert found[1]["started_s"] <= found[1]["ended_s"] <= found[0]["started_s"]
+
+
+def test_a_disk_that_refuses_holds_up_no_answer(operator: Operator) -> None:
+    """Served from a real disk's point of view: full, said, and well again by itself."""
+    _, free = operator.ask("POST", "/admin/keys", {"name": "free"})
+    _, counted = operator.ask("POST", "/admin/keys", {"name": "counted", "budget_tokens": 99})
+    state = operator.there.server.state
+
+    def refuses(yes: int) -> None:
+        work = lambda connection: connection.execute(f"PRAGMA query_only = {yes}")  # noqa: E731
+        operator.there.on_loop(lambda: state._ask(work))
+
+    refuses(1)
+    during = [operator.complete([1, 2], token=free["key"])[0] for _ in range(3)]
+    ready = operator.client.get("/ready")
+    on_budget = refusal(operator.complete([1, 2], token=counted["key"]))
+    refuses(0)
+    while state.waiting:
+        time.sleep(0.01)
+
+    assert during == [200] * 3
+    assert ready.status_code == 503
+    assert ready.json()["reason"].startswith("usage cannot be recorded: ")
+    assert on_budget == (503, "usage_not_recorded", None)
+    assert operator.client.get("/ready").status_code == 200
+    assert operator.get("/admin/usage")["data"][0]["requests"] == 3
+    assert operator.complete([1, 2], token=counted["key"])[0] == 200
 
 
 # Drain and logs

@@ -7,9 +7,9 @@ loop's sake too: a thread asks for the interpreter after each.  What is acknowle
 process at once, and the machine a second later: a sync at every commit would hold up answers for
 as long as the disk takes, so a second thread syncs what was written meanwhile.
 
-While the disk refuses, records are kept and tried again, `trouble` says why, and it clears by
-itself.  What is kept has an end: from `DOORS_CLOSE` records on `full` asks the doors to close,
-and past `KEPT_MAX` a record is dropped, counted, and its writer told.
+While the disk refuses, records are kept and tried again, nobody waits for them, `trouble` says why,
+and it clears by itself.  What is kept has an end: from `DOORS_CLOSE` records on `full` asks the
+doors to close, and past `KEPT_MAX` a record is dropped, and counted.
 
 Invariants
     INV-SRV-10  an acknowledged record is committed: `kill -9` loses none
@@ -128,7 +128,7 @@ _RECORD = (
 _OUR_BUGS = (sqlite3.IntegrityError, sqlite3.ProgrammingError, sqlite3.DataError)
 
 Ask = Callable[[sqlite3.Connection], Any]
-Given = tuple[Usage, "asyncio.Future[Any]"]
+Given = tuple[Usage, "asyncio.Future[Any] | None"]  # None: its caller was told to go on
 
 
 def usage_of(life: Life) -> Usage:
@@ -169,6 +169,7 @@ class State:
         spent = self._connection.execute("SELECT id, spent_tokens FROM keys")
         self._spent_tokens: dict[str, int] = dict(spent.fetchall())
         self._run: int | None = None
+        self._loop: asyncio.AbstractEventLoop | None = None
         self._waiting = 0
         self._inbox: SimpleQueue[tuple[Usage | Ask, asyncio.Future[Any]] | None] = SimpleQueue()
         self._closing = threading.Event()
@@ -190,11 +191,14 @@ class State:
     # --- usage ------------------------------------------------------------------------------
 
     def record(self, usage: Usage) -> "asyncio.Future[bool]":
-        """Keep a record: True once it is committed, False if it never will be.
+        """Keep a record: True once it is committed.
 
+        False, at once, while the disk refuses: it waits and is tried again, unless there is no
+        room to wait.  So whoever awaits this is held up by a commit and never by a full disk.
         Need not be awaited.  Its tokens count as spent at once, unless the server failed it.
         """
-        done: asyncio.Future[bool] = asyncio.get_running_loop().create_future()
+        self._loop = asyncio.get_running_loop()
+        done: asyncio.Future[bool] = self._loop.create_future()
         if usage.key_id in self._spent_tokens and usage.outcome not in NOT_CHARGED:
             self._spent_tokens[usage.key_id] += usage.prompt_tokens + usage.output_tokens
         if self._waiting >= KEPT_MAX:
@@ -207,7 +211,7 @@ class State:
 
     @property
     def waiting(self) -> int:
-        """Records that are not yet acknowledged."""
+        """Records that are not yet committed."""
         return self._waiting
 
     @property
@@ -337,17 +341,17 @@ class State:
 
     async def _ask(self, work: Callable[[sqlite3.Connection], T]) -> T:
         """`work` on the thread, after all records that were given before."""
-        done: asyncio.Future[T] = asyncio.get_running_loop().create_future()
+        self._loop = asyncio.get_running_loop()
+        done: asyncio.Future[T] = self._loop.create_future()
         self._inbox.put((work, done))
         return await done
 
-    def _acknowledge(self, futures: Sequence["asyncio.Future[Any]"], written: bool) -> None:
-        self._waiting -= len(futures)
+    def _end(self, records: int, futures: Sequence["asyncio.Future[Any]"], written: bool) -> None:
+        """They wait no more: committed, or given up."""
+        self._waiting -= records
         if not written:
-            self.dropped += len(futures)
-        for future in futures:
-            if not future.done():  # its caller may have given up
-                future.set_result(written)
+            self.dropped += records
+        _resolve(futures, written)
 
     # --- on the thread ----------------------------------------------------------------------
 
@@ -393,15 +397,16 @@ class State:
             answer = work(self._connection)
         except sqlite3.Error as error:
             told = DependencyError(f"the server's data cannot be reached: {error}")
-            self._call(future, lambda: None if future.done() else future.set_exception(told))
+            self._call(_resolve, [future], told)
         else:
-            self._call(future, lambda: None if future.done() else future.set_result(answer))
+            self._call(_resolve, [future], answer)
 
     def _flush(self, kept: list[Given]) -> bool:
         """Write and acknowledge them all; False: the disk refuses, and the rest is still here."""
         while kept:
             group = kept[:GROUP_MAX]
             if not self._write(group):
+                self._put_off(kept)
                 return False
             del kept[: len(group)]
             self._tell(group, written=True)
@@ -435,14 +440,31 @@ class State:
                     self.trouble = f"usage cannot be recorded: {error.strerror}"
         os.close(log)
 
+    def _put_off(self, kept: list[Given]) -> None:
+        """They wait on, and nobody waits for them."""
+        futures = [future for _, future in kept if future is not None]
+        if futures:
+            kept[:] = [(usage, None) for usage, _ in kept]
+            self._call(_resolve, futures, False)
+
     def _tell(self, group: Sequence[Given], *, written: bool) -> None:
         if group:
-            futures = [future for _, future in group]
-            self._call(futures[0], lambda: self._acknowledge(futures, written))
+            futures = [future for _, future in group if future is not None]
+            self._call(self._end, len(group), futures, written)
 
-    def _call(self, future: "asyncio.Future[Any]", function: Callable[[], object]) -> None:
+    def _call(self, function: Callable[..., None], *arguments: Any) -> None:
+        assert self._loop is not None
         with contextlib.suppress(RuntimeError):  # the loop was closed: nobody waits
-            future.get_loop().call_soon_threadsafe(function)
+            self._loop.call_soon_threadsafe(function, *arguments)
+
+
+def _resolve(futures: Sequence["asyncio.Future[Any]"], answer: object) -> None:
+    for future in futures:
+        if not future.done():  # its caller may have given up
+            if isinstance(answer, Exception):
+                future.set_exception(answer)
+            else:
+                future.set_result(answer)
 
 
 def _where(wanted: Mapping[str, object]) -> tuple[str, list[object]]:
