@@ -26,12 +26,12 @@ def sample(data_dir: Path) -> list[dict[str, Any]]:
 
 
 def is_accepted(grammar: Grammar, text: str, *, masked: bool) -> bool:
-    """Whether each token may come, and then the end; by masks, or by accepting alone."""
+    """Whether each token may come, and then the end; by masks, unless accepting alone says so."""
     matcher = grammar.matcher()
     ids = tokenizer().encode(text, special=False)
     end = min(tokenizer().eos_ids)
-    if not masked:
-        return bool(matcher._inner.validate_tokens([*ids, end]) == len(ids) + 1)
+    if not masked and matcher._inner.validate_tokens([*ids, end]) == len(ids) + 1:
+        return True
     for token in ids:
         if matcher.over or not matcher.mask(10**6)[token]:
             return False
