@@ -310,7 +310,6 @@ async def _whole(
             "model": life.model,
             "choices": choices,
             "usage": usage(life),
-            "system_fingerprint": None,
             "service_tier": "default",
             "tierline": service(life),
         }
@@ -374,7 +373,6 @@ class Chunks:
             "object": "chat.completion.chunk",
             "created": int(life.arrived_s),
             "model": life.model,
-            "system_fingerprint": None,
         }
         self._head = b"data: " + orjson.dumps(head)[:-1]  # the object goes on
         self._rest = b',"usage":null}\n\n' if self._usage else b"}\n\n"

@@ -524,9 +524,8 @@ class Telling:
             "tools": [_tool_told(tool) for tool in asked.tools or ()],
             "top_p": 1.0 if asked.top_p is None else asked.top_p,
             "truncation": "disabled",
-            "usage": self._usage() if ended else None,
         }
-        return told | ({"tierline": service(life)} if ended else {})
+        return told | ({"usage": self._usage(), "tierline": service(life)} if ended else {})
 
     def _usage(self) -> dict[str, Any]:
         life = self._life
