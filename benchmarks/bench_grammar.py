@@ -80,7 +80,11 @@ def measure(grammars: Grammars, schema: object) -> dict[str, float]:
     wanted = Wanted(kind="json_schema", text=json.dumps(schema))
     compile_ms = timed_us(lambda: grammars.compile(wanted)) / 1e3
     grammar = grammars.compile(wanted)
-    free, tight, taken, applied, filled = [], [], [], [], []  # type: list[float]
+    free: list[float] = []
+    tight: list[float] = []
+    taken: list[float] = []
+    applied: list[float] = []
+    filled: list[float] = []
     generator = torch.Generator().manual_seed(0)
     row = torch.empty(grammars.vocabulary)
     for _ in range(ANSWERS):

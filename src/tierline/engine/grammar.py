@@ -142,7 +142,8 @@ class Grammars:
     def _try(self, kind: str, probe: Any) -> None:
         """Take a step: what is too large shows in the first masks, not before."""
         for _ in range(2):
-            allowed = [] if probe.is_error() else tokens_in(self._shared.closer.words_of(probe))
+            if not probe.is_error():
+                allowed = tokens_in(self._shared.closer.words_of(probe))
             if probe.is_error():
                 raise _explained(kind, probe.get_error())
             if not len(allowed):
