@@ -96,7 +96,7 @@ class BrowserGuard:
                 403,
                 "this server does not answer to that Host",
                 code="host_not_allowed",
-                hint="call it by 127.0.0.1 or localhost, or name the host when starting the server",
+                hint="call it by 127.0.0.1 or localhost",
             )
         if scope["method"] in READING_METHODS:
             return None
@@ -116,7 +116,7 @@ class BrowserGuard:
                 403,
                 "a page of another origin may not do this",
                 code="origin_not_allowed",
-                hint="name the origin when starting the server, if it is yours",
+                hint="ask from this server's own pages, or from a program that is no browser",
             )
         return None
 
