@@ -108,8 +108,8 @@ def status_bytes(pid: int, field: str) -> int:
     return total
 
 
-def _cpu_s(pid: int) -> float:
-    """Processor seconds of the family so far."""
+def cpu_s(pid: int) -> float:
+    """Processor seconds of a process and all that came from it, so far."""
     ticks = 0
     for member in family(pid):
         fields = Path(f"/proc/{member}/stat").read_text().rpartition(")")[2].split()
@@ -136,9 +136,9 @@ class Watched:
 def watching(pid: int) -> Iterator[Watched]:
     """Who else computed meanwhile? Idle engines that spin would show here, too."""
     watched = Watched()
-    start_s, busy_s, own_s = time.monotonic(), _machine_busy_s(), _cpu_s(pid)
+    start_s, busy_s, own_s = time.monotonic(), _machine_busy_s(), cpu_s(pid)
     yield watched
-    others_s = (_machine_busy_s() - busy_s) - (_cpu_s(pid) - own_s)
+    others_s = (_machine_busy_s() - busy_s) - (cpu_s(pid) - own_s)
     elapsed_s = time.monotonic() - start_s
     watched.others_share = max(others_s / (elapsed_s * (os.cpu_count() or 1)), 0.0)
 
