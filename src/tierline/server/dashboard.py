@@ -31,6 +31,7 @@ from tierline.server.dashboard_plan import plan_view, whatif_view
 from tierline.server.dashboard_requests import SHOWS, requests_view
 from tierline.server.dashboard_seen import Seen
 from tierline.server.prediction import scale_of
+from tierline.server.recorder import PAST_MAX, STEPS_MAX
 from tierline.server.replay import traffic_of
 from tierline.server.sse import ClientGone, EventStream
 from tierline.server.whatif import ask, change_of
@@ -73,6 +74,7 @@ def look(request: Request) -> Seen:
     return Seen(
         now_ps=now_ps,
         now_s=server.clock_s(),
+        started_s=server.started_s,
         model=server.model,
         state=server.not_ready or "ready",
         live=tuple(recorder.live.values()),
@@ -120,6 +122,7 @@ async def requests_page(request: Request) -> Response:
         show=show,
         shows=SHOWS,
         chosen=level,
+        kept=PAST_MAX,
     )
 
 
@@ -130,10 +133,9 @@ async def request_page(request: Request) -> Response:
     life = next(known, None)
     here, title = "/dashboard/requests", f"Request {name[-6:]}"
     if life is None:
-        kept = len(seen.past)
-        return page("unknown.html.j2", seen, here=here, title=title, status=404, kept=kept)
+        return page("unknown.html.j2", seen, here=here, title=title, status=404, kept=PAST_MAX)
     template = "life.html.j2" if "part" in request.query_params else "request.html.j2"
-    return page(template, seen, here=here, title=title, view=life_view(seen, life))
+    return page(template, seen, here=here, title=title, view=life_view(seen, life), kept=STEPS_MAX)
 
 
 async def playground_page(request: Request) -> Response:

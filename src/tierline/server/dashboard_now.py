@@ -14,7 +14,7 @@ from typing import Any
 
 from tierline.base.clock import PS_PER_MS, PS_PER_S
 from tierline.server.dashboard_pictures import memory_strip
-from tierline.server.dashboard_seen import WINDOW_S, Seen, mark
+from tierline.server.dashboard_seen import Seen, mark
 from tierline.server.dashboard_words import (
     NOTHING,
     Shown,
@@ -28,6 +28,7 @@ from tierline.server.dashboard_words import (
     share,
 )
 from tierline.server.life import Life, StepSample
+from tierline.server.recorder import WINDOW_S
 from tierline.workload.slo import ServiceLevel
 
 RATE_S = 10  # tokens/s are of this long

@@ -7,7 +7,7 @@ from typing import Any
 
 import jinja2
 import orjson
-from markupsafe import Markup
+from markupsafe import Markup, escape
 from starlette.responses import HTMLResponse
 
 from tierline.server.dashboard_seen import Seen
@@ -31,7 +31,7 @@ def _templates() -> jinja2.Environment:
         lstrip_blocks=True,
         undefined=jinja2.StrictUndefined,
     )
-    environment.filters |= {"svg": Markup, "json": embedded, "instant": instant}
+    environment.filters |= {"svg": Markup, "json": embedded, "instant": instant, "code": code}
     return environment
 
 
@@ -45,6 +45,18 @@ def embedded(value: Any) -> Markup:
     for sign in "<>&":
         text = text.replace(sign, f"\\u{ord(sign):04x}")
     return Markup(text)
+
+
+def code(text: str) -> Markup:
+    """Words in which what stands between backticks is something to type.
+
+    >>> code("run `tierline calibrate` & wait")
+    Markup('run <code>tierline calibrate</code> &amp; wait')
+    """
+    parts = [escape(part) for part in text.split("`")]
+    return Markup("").join(
+        Markup("<code>{}</code>").format(part) if i % 2 else part for i, part in enumerate(parts)
+    )
 
 
 def instant(unix_s: float) -> Markup:

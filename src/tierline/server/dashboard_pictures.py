@@ -186,17 +186,22 @@ def _word(x: str, y: int, words: str, share: float) -> str:
 def _ticks(span_ps: int, y: int) -> list[str]:
     """At most five round instants below a bar, and the line that they stand on."""
     span_s = span_ps / PS_PER_S
-    size = 10.0 ** math.floor(math.log10(span_s / 5))
-    step_s = next(n * size for n in (*NICE, 10) if n * size * 5 >= span_s)
     drawn = [element("line", x1="0%", x2="100%", y1=46, y2=46, class_="base")]
-    for i in range(int(span_s / step_s) + 1):
-        share = 100 * i * step_s / span_s
+    for at_s in _round(span_s):
+        share = 100 * at_s / span_s
         x = f"{share:.3f}%"
-        anchor = "start" if i == 0 else "end" if share > 92 else "middle"
+        anchor = "start" if not at_s else "end" if share > 92 else "middle"
         drawn.append(element("line", x1=x, x2=x, y1=46, y2=50, class_="base"))
-        words = format_seconds(i * step_s) if i else "arrival"
+        words = format_seconds(at_s) if at_s else "arrival"
         drawn.append(element("text", escape(words), x=x, y=y, text_anchor=anchor))
     return drawn
+
+
+def _round(most: float) -> list[float]:
+    """Zero and at most five round numbers up to `most`."""
+    size = 10.0 ** math.floor(math.log10(most / 5))
+    step = next(n * size for n in (*NICE, 10) if n * size * 5 >= most)
+    return [round(i * step, 12) for i in range(int(most / step) + 1)]
 
 
 # --- memory, load, shares -------------------------------------------------------------------
@@ -298,9 +303,8 @@ def curve_picture(
     drawn: list[str] = []
     for decade in _decades(times):
         drawn += frame.across(decade, format_seconds(decade), "grid")
-    for share in (0.0, 0.25, 0.5, 0.75, 1.0):
-        words = f"{most * share:.2g}" + (" requests/s" if share == 1 else "")
-        drawn += frame.down(most * share, words, "grid")
+    for rps in _round(max(most, measured[0] if measured else 0.0)):
+        drawn += frame.down(rps, f"{rps:g}" if rps else "0 requests/s", "grid")
     drawn += frame.curve([(rps, p50) for rps, p50, _ in points], "curve thin")
     drawn += frame.curve([(rps, p99) for rps, _, p99 in points], "curve")
     if limit_s:

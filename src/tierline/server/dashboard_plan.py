@@ -7,13 +7,13 @@ becomes a `whatif.Change`, and `whatif_view` lays the three sides next to each o
 from collections.abc import Sequence
 from typing import Any
 
-from tierline.base.clock import PS_PER_S
 from tierline.base.units import format_bytes, format_seconds, significant
 from tierline.server.dashboard_now import PERCENTILES, ttfts
 from tierline.server.dashboard_pictures import curve_picture, shares_picture
-from tierline.server.dashboard_seen import WINDOW_S, Seen, mark
+from tierline.server.dashboard_seen import Seen, mark
 from tierline.server.dashboard_words import Shown, counted, number, quantile, seconds, share
 from tierline.server.prediction import StepFit, step_fit
+from tierline.server.recorder import WINDOW_S
 from tierline.server.replay import Fared, Side
 from tierline.server.running import Forecast, Running, headline
 from tierline.server.whatif import WhatIf
@@ -36,7 +36,7 @@ def plan_view(seen: Seen, running: Running) -> dict[str, Any]:
     here = running.here
     level = running.level(here.level)
     waited = ttfts(recent, level.name)
-    rate = sum(life.arrival_ps >= seen.now_ps - WINDOW_S * PS_PER_S for life in recent) / WINDOW_S
+    rate = seen.request_rate
     measured_s = quantile(waited, 0.99)
     return {
         "answer": f"{headline(here)} {fit.sentence}",

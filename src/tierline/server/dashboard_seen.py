@@ -9,9 +9,9 @@ from dataclasses import dataclass
 
 from tierline.base.clock import PS_PER_S
 from tierline.server.life import Life, StepSample
+from tierline.server.recorder import WINDOW_S
 from tierline.workload.slo import ServiceLevel
 
-WINDOW_S = 300.0  # what "recent" means on every page
 MARKS = "●▲■◆▼"  # beside the colour of a class, which is never alone
 
 
@@ -21,6 +21,7 @@ class Seen:
 
     now_ps: int
     now_s: float  # Unix time
+    started_s: float  # likewise
     model: str
     state: str  # ready, draining, ...: one word
     live: Sequence[Life]
@@ -38,6 +39,13 @@ class Seen:
                 break
             kept.append(life)
         return [*reversed(kept), *self.live]
+
+    @property
+    def request_rate(self) -> float:
+        """Requests/s that came within the window, or since the start where that is shorter."""
+        since_ps = self.now_ps - round(WINDOW_S * PS_PER_S)
+        came = sum(life.arrival_ps >= since_ps for life in (*self.past, *self.live))
+        return came / min(WINDOW_S, max(self.now_s - self.started_s, 1.0))
 
     def place(self, level: str) -> int:
         """Which colour and mark the class has, on every page; -1: nobody configured it."""
