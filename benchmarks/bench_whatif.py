@@ -106,10 +106,9 @@ def serve(
                 itl_s=life.itl_limit_s,
                 arrival_ps=life.arrival_ps,
             )
-            life.chain = engine._open[number][0].sequence.chain or ()
             lives[number] = life
             recorder.begin(life)
-            recorder.named(life, number)
+            recorder.named(life, number, engine.chain(number))
         if engine.idle:
             time.sleep(0.001)
         for delta in engine.step():

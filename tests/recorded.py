@@ -67,7 +67,7 @@ def record(
             life = life_of(arrival, running, number=len(lives))
             lives[add(engine, arrival, life)] = (life, arrival)
             recorder.begin(life)
-            recorder.named(life, len(lives) - 1)
+            recorder.named(life, len(lives) - 1, life.chain)
         for delta in engine.step():
             life, arrival = lives[delta.request_id]
             if life.first_ps is None:

@@ -335,7 +335,6 @@ def serve(args: argparse.Namespace) -> int:
         input_tokens_max=args.input_max,
         open_max=args.open_max,
         drain_s=args.drain,
-        log_prompts=args.log_prompts,
         version=version("tierline"),
     )
 

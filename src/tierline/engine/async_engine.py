@@ -14,6 +14,7 @@ Invariants
 import asyncio
 import threading
 from collections.abc import AsyncIterator, Callable, Sequence
+from functools import partial
 from queue import Empty, SimpleQueue
 from typing import Any, TypeVar
 
@@ -24,6 +25,7 @@ from tierline.engine.observation import StepSample
 from tierline.engine.sampling import SamplingParams
 
 Command = Callable[[], None]
+Named = Callable[[int, Sequence[int]], None]
 T = TypeVar("T")
 
 
@@ -111,12 +113,13 @@ class AsyncEngine:
         prompt: Sequence[int],
         params: SamplingParams,
         *,
-        named: Callable[[int], None] | None = None,
+        named: Named | None = None,
         **service: Any,
     ) -> Stream:
         """Take a request in (`Engine.add`); raises what that raises.
 
-        `named` is told its number on the event loop, before any sample or delta of it comes.
+        `named` is told its number and the names of its prompt's blocks on the event loop, before
+        any sample or delta of it comes.
         """
         entered = self._entry()
         self._inbox.put(lambda: self._enter(entered, prompt, params, named, service))
@@ -185,7 +188,7 @@ class AsyncEngine:
         entered: "asyncio.Future[Stream]",
         prompt: Sequence[int],
         params: SamplingParams,
-        named: Callable[[int], None] | None,
+        named: Named | None,
         service: dict[str, Any],
     ) -> None:
         try:
@@ -193,7 +196,10 @@ class AsyncEngine:
         except Exception as error:
             self._call(self._refused, entered, error)
         else:
-            self._call(self._entered, entered, request_id, params.n, named)
+            told = None
+            if named is not None:
+                told = partial(named, request_id, self.engine.chain(request_id))
+            self._call(self._entered, entered, request_id, params.n, told)
 
     def _answer(self, asked: "asyncio.Future[T]", function: Callable[[], T]) -> None:
         try:
@@ -227,11 +233,11 @@ class AsyncEngine:
         entered: "asyncio.Future[Stream]",
         request_id: int,
         answers: int,
-        named: Callable[[int], None] | None,
+        told: Command | None,
     ) -> None:
         stream = self._streams[request_id] = Stream(self, request_id, answers)
-        if named is not None:
-            named(request_id)
+        if told is not None:
+            told()
         if entered.cancelled():
             stream.close()
         else:

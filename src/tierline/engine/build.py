@@ -14,7 +14,9 @@ import torch
 
 from tierline.base.errors import DoesNotFitError, InputError, SpecError
 from tierline.base.names import lookup
+from tierline.catalog.formats import weight_format
 from tierline.catalog.gpu import GpuSpec
+from tierline.catalog.gpus import supports
 from tierline.catalog.models import model_from_config
 from tierline.engine import native, native_attention
 from tierline.engine.arena import Arena, Geometry, geometry
@@ -42,6 +44,8 @@ from tierline.scheduling.profiles import POLICIES
 from tierline.scheduling.scheduler import Limits, Scheduler
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+# The law's formats for blocks that native kernels keep as they are: the nearest in size.
+STORED = {"Q8_0": "int8-g128", "Q4_1": "int4-g32", "Q4_0": "int4-g32"}
 CPU_KV_BYTES = 4_000_000_000  # unless asked: DRAM has other users
 CPU_KV_SHARE, DEVICE_KV_SHARE = 0.5, 0.9  # of what the weights leave free
 # A prompt chunk of 512 tokens keeps a CPU busy for a good part of a second; a GPU for 10 ms.
@@ -118,7 +122,9 @@ def open_engine(
     kv_bytes = _kv_bytes(options, cut, device, positions)
     pages = kv_bytes // cut.layout.page_bytes
     arena = Arena(decoder, cut, pages=pages, dtype=dtype, device=device)
-    scheduler = _scheduler(checkpoint, cut, options, pages=pages, dtype=dtype, device=device)
+    weights = _weights(network, checkpoint, decoder, dtype)
+    cost = _cost(checkpoint, options.machine or measured(device) or guess(device), weights)
+    scheduler = _scheduler(cost, cut, options, pages=pages, on_cpu=device.type == "cpu")
     tables = Tables(cut, sequences_max=options.sequences_max, tokens_max=positions)
     assert isinstance(scheduler.names, BlockNames)
     return Engine(
@@ -289,29 +295,32 @@ def _kv_bytes(options: EngineOptions, cut: Geometry, device: torch.device, posit
     return options.kv_bytes
 
 
+def _weights(network: Network, checkpoint: Checkpoint, decoder: Decoder, dtype: torch.dtype) -> str:
+    """The law's format of the weights as they lie in memory."""
+    if dtype is torch.float32:
+        return "fp32"
+    kept = None
+    if isinstance(network, NativeNetwork) and dtype is torch.bfloat16:
+        kept = checkpoint.compact(decoder.weight_names("layers.0.down"))
+    return STORED[kept[0]] if kept else "bf16"
+
+
+def _cost(checkpoint: Checkpoint, machine: GpuSpec, weights: str) -> StepCost:
+    """What steps of this model cost on that machine; a guess of one knows 16 bits only."""
+    if supports(machine, weight_format(weights)) is not None:
+        weights = "bf16"
+    model = model_from_config(checkpoint.config, name=checkpoint.name, source=str(checkpoint.path))
+    return StepCost(model, machine, Layout(weights=weights, kv="bf16"))
+
+
 def _scheduler(
-    checkpoint: Checkpoint,
-    cut: Geometry,
-    options: EngineOptions,
-    *,
-    pages: int,
-    dtype: torch.dtype,
-    device: torch.device,
+    cost: StepCost, cut: Geometry, options: EngineOptions, *, pages: int, on_cpu: bool
 ) -> Scheduler:
     """The same scheduler that simulations run, with names for its pages."""
     layout = cut.layout
-    batch = options.batch_tokens or (
-        CPU_BATCH_TOKENS if device.type == "cpu" else DEVICE_BATCH_TOKENS
-    )
+    batch = options.batch_tokens or (CPU_BATCH_TOKENS if on_cpu else DEVICE_BATCH_TOKENS)
     limits = Limits(batch_tokens=batch, sequences_max=options.sequences_max, chunk_tokens=batch)
     policy: Policy = POLICIES[lookup("policy", options.policy, {n: n for n in POLICIES})]
-    model = model_from_config(checkpoint.config, name=checkpoint.name, source=str(checkpoint.path))
-    weights = "fp32" if dtype is torch.float32 else "bf16"
-    cost = StepCost(
-        model,
-        options.machine or measured(device) or guess(device),
-        Layout(weights=weights, kv="bf16"),
-    )
     return assemble(
         layout=layout,
         pages_total=pages,

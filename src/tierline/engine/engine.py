@@ -172,6 +172,10 @@ class Engine:
             self._pooled.add(first.sequence.id)
         return request_id
 
+    def chain(self, request_id: int) -> Sequence[int]:
+        """Names of the blocks of its prompt that may be shared, while it is here."""
+        return self._open[request_id][0].sequence.chain or ()
+
     def predicted_ttft_s(self, prompt_tokens: int, *, rank: int = 0) -> float:
         """Seconds until a first token, for a prompt of which nothing is cached that came now."""
         now_ps = self.clock.now_ps()

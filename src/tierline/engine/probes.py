@@ -29,7 +29,7 @@ from tierline.engine import machine, native_attention
 from tierline.engine.arena import Arena, Geometry, geometry
 from tierline.engine.attention import Version, gathered
 from tierline.engine.batch import Batch
-from tierline.engine.build import EngineOptions, open_engine
+from tierline.engine.build import STORED, EngineOptions, open_engine
 from tierline.engine.checkpoint import open_checkpoint
 from tierline.engine.decoder import Attention
 from tierline.engine.engine import Engine
@@ -41,7 +41,6 @@ from tierline.engine.sampling import SamplingParams
 
 # The law's formats for what products are timed with; blocks of GGUF go by the nearest in size.
 FORMATS = {"bf16": "bf16", "fp32": "fp32", "Q8_0": "int8-g128", "Q4_1": "int4-g32"}
-STORED = {**FORMATS, "Q4_0": "int4-g32"}
 BLOCK_TOKENS = 16
 RANDOM_ELEMENTS = 1 << 20  # that weights repeat
 OUTPUT_TOKENS = 1024  # that a decoding sequence may still make
@@ -429,9 +428,9 @@ def open_probed(
         prefix_cache=False,
     )
     engine = open_engine(path, options)
-    names = decoder.weight_names
-    kept = checkpoint.compact(names("layers.0.down")) if "native" in engine.facts.kernels else None
-    return engine, Step(model=model, weights=STORED[kept[0]] if kept else "bf16")
+    kept = checkpoint.compact(decoder.weight_names("layers.0.down"))
+    compact = kept is not None and "native step" in engine.facts.kernels
+    return engine, Step(model=model, weights=STORED[kept[0]] if kept and compact else "bf16")
 
 
 def network_probes(

@@ -42,6 +42,7 @@ from tierline.server.tools import (
     Tool,
     ToolFormat,
     ToolParser,
+    template_tools,
 )
 
 LONG_CHARACTERS = 20_000  # texts beyond this are tokenized beside the loop
@@ -90,7 +91,7 @@ async def chat(call: Call, asked: ChatAsked) -> None:
         else:
             async with ClientWatch(call.receive):
                 body = await _whole(call, asked, conversation, answering)
-            await call.answer(body)
+            await call.answer(body, (b"x-request-id", life.id.encode()))
 
 
 # --- what is asked --------------------------------------------------------------------------
@@ -196,19 +197,9 @@ def prompt_of(
             hint="use /v1/completions",
         )
     now = datetime.fromtimestamp(call.arrived_s, UTC)
-    offered = [as_offered(tool) for tool in tools] if reads.templated and tools else None
+    offered = template_tools(tools) if reads.templated and tools else None
     told = reads.messages(messages, tools)
     return engine.chat.encode(told, now=now, tools=offered, **variables)
-
-
-def as_offered(tool: Tool) -> dict[str, Any]:
-    """A tool as chat templates know it."""
-    function = {
-        "name": tool.name,
-        "description": tool.description,
-        "parameters": dict(tool.parameters),
-    }
-    return {"type": "function", "function": function}
 
 
 def as_dict(message: Message) -> dict[str, Any]:

@@ -70,9 +70,7 @@ def told(error: TierlineError) -> ApiError:
     if isinstance(error, OverloadedError):
         return overloaded(str(error), retry_after_s=error.retry_after_ns / 1e9)
     if isinstance(error, DoesNotFitError):
-        return ApiError(
-            400, str(error), code="context_length_exceeded", param="prompt", hint=error.hint
-        )
+        return ApiError(400, str(error), code="does_not_fit", hint=error.hint)
     if isinstance(error, (DependencyError, CapacityError)):
         return ApiError(503, str(error), code="unavailable", hint=error.hint)
     return ApiError(400, str(error), code="invalid_value", hint=error.hint)

@@ -54,17 +54,18 @@ class Recorder:
         self.accepted += 1
         life.events.append(Event("queued", life.arrival_ps, life.arrival_ps))
 
-    def named(self, life: Life, engine_id: int) -> None:
-        """The engine knows it by this number, or by one more."""
+    def named(self, life: Life, engine_id: int, chain: Sequence[int]) -> None:
+        """The engine knows it by this number, or by one more; `chain` names its blocks."""
         life.engine_ids = (*life.engine_ids, engine_id)
+        life.chain = life.chain or chain
         self._by_engine_id[engine_id] = life
 
     def tokens(self, life: Life, choice: int, delta: Delta) -> None:
         """What one step added to one of its answers."""
-        if not delta.token_ids:
+        at_ps, tokens = delta.at_ps, len(delta.token_ids)
+        if not tokens and delta.embedding is None:
             return
-        at_ps = delta.at_ps
-        life.output_tokens += len(delta.token_ids)
+        life.output_tokens += tokens
         place = (life.id, choice)
         before_ps = self._last_ps.get(place)
         self._last_ps[place] = life.last_ps = at_ps
@@ -73,13 +74,14 @@ class Recorder:
             life.gaps += 1
             life.gaps_ps += gap_ps
             life.gap_longest_ps = max(life.gap_longest_ps, gap_ps)
-            gap_s = (gap_ps / PS_PER_S,)
-            self.metrics.token_gaps(life.level, gap_s)
-            self.gaps[life.level].add(at_ps / PS_PER_S, gap_s)
+            gap_s = gap_ps / PS_PER_S
+            self.metrics.token_gap(life.level, gap_s, tokens=tokens)
+            self.gaps[life.level].add(at_ps / PS_PER_S, (gap_s,))
             return
         if life.first_ps is None:
             life.first_ps = at_ps
-        self.metrics.first_token(life.level, (at_ps - life.arrival_ps) / PS_PER_S)
+        ttft_s = (at_ps - life.arrival_ps) / PS_PER_S
+        self.metrics.first_token(life.level, ttft_s, tokens=tokens)
 
     def cached(self, life: Life, delta: Delta) -> None:
         """The first that is heard of an answer: what of its prompt was there."""
@@ -166,7 +168,7 @@ class Recorder:
                 for event in life.events
             ],
             traceparent=life.traceparent,
-            error=life.error or life.outcome if bad else "",
+            error=life.outcome if bad else "",
         )
 
     # --- steps ------------------------------------------------------------------------------

@@ -26,6 +26,7 @@ from tierline.engine.build import open_engine
 from tierline.engine.demo import NAMES
 from tierline.engine.engine import Engine
 from tierline.engine.grammar import Grammars
+from tierline.kv.transfer import TIER_NAMES
 from tierline.server.admin import TOKEN_NAME, admin_token
 from tierline.server.app import application
 from tierline.server.browser import is_loopback
@@ -58,7 +59,6 @@ class Wish:
     input_tokens_max: int | None = None
     open_max: int
     drain_s: float
-    log_prompts: bool = False
     version: str = ""
 
 
@@ -140,7 +140,6 @@ async def _run(
         host=wish.host,
         input_tokens_max=wish.input_tokens_max,
         open_max=wish.open_max,
-        log_prompts=wish.log_prompts,
         admin_token=token,
     )
     told = {k: v for k, v in wish.options.items() if isinstance(v, (str, int, float, bool))}
@@ -230,6 +229,7 @@ def _server(
     metrics = Metrics(
         settings.model_names[0],
         levels=levels,
+        tiers=TIER_NAMES,
         positions_max=running.positions_max,
         block_tokens=layout.block_tokens,
         kv_blocks=engine.scheduler.pages.total // layout.pages_per_block,

@@ -34,7 +34,6 @@ class Settings:
     output_tokens_default: int | None = None  # of a chat that does not say; None: no end
     open_max: int = 1024  # requests here at once, waiting ones included; 429 above
     stalled_s: float = 30.0  # a reader that takes nothing for so long loses its stream
-    log_prompts: bool = False
     admin_token: str = ""  # "": nobody may administer
 
 

@@ -14,6 +14,7 @@ import asyncio
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from tierline.base.clock import PS_PER_S
@@ -26,6 +27,7 @@ from tierline.server.life import Life
 from tierline.server.recorder import Recorder
 from tierline.server.sse import ClientGone, Stalled
 from tierline.server.state import State, usage_of
+from tierline.telemetry.logs import log_prompt, logs_prompts
 
 DRAINING_RETRY_S = 10  # another instance should take it well before
 
@@ -70,6 +72,7 @@ class Service:
         """
         life = work.life
         self.recorder.begin(life)
+        self._log_prompts(work)
         answering = Answering(self, work)
         try:
             await self._admit(work, answering)
@@ -81,6 +84,13 @@ class Service:
             answering.close()
             if not life.outcome:
                 self.end(life, "cancelled", "its answer was not read to the end")
+
+    def _log_prompts(self, work: Work) -> None:
+        """Only where the operator asked for it."""
+        tokenizer = self.engine.engine.tokenizer
+        if tokenizer is not None and logs_prompts():
+            for prompt in work.prompts:
+                log_prompt(work.life.id, tokenizer.decode(prompt, skip_special=False))
 
     async def _admit(self, work: Work, answering: "Answering") -> None:
         """Let it in, or raise why not."""
@@ -110,7 +120,7 @@ class Service:
             return await self.engine.add(
                 prompt,
                 work.params,
-                named=lambda engine_id: self.recorder.named(life, engine_id),
+                named=partial(self.recorder.named, life),
                 rank=-life.priority,
                 ttft_s=work.deadline_s if limited else work.ttft_s,
                 itl_s=work.itl_s,

@@ -111,9 +111,14 @@ def set_level(level: str) -> None:
 
 def log_prompt(request_id: str, text: str) -> None:
     """Write a prompt down, if the operator asked for that."""
-    logger = logging.getLogger(PROMPTS)
-    if logger.isEnabledFor(logging.INFO) and logger.level == logging.INFO:
-        logger.info("prompt", extra={"fields": {"request_id": request_id, "text": text}})
+    if logs_prompts():
+        fields = {"request_id": request_id, "text": text}
+        logging.getLogger(PROMPTS).info("prompt", extra={"fields": fields})
+
+
+def logs_prompts() -> bool:
+    """Whether the operator asked for that."""
+    return logging.getLogger(PROMPTS).level == logging.INFO
 
 
 class JsonFormatter(logging.Formatter):
