@@ -3,6 +3,8 @@
 import hashlib
 import json
 import re
+import threading
+import time
 from collections.abc import Iterator
 from dataclasses import replace
 from importlib import resources
@@ -412,6 +414,25 @@ def test_events_say_what_the_page_says(open_server):
         json.loads(re.search(r'id="first">(.*?)</script>', page)[1])["said"].keys()
         == view["said"].keys()
     )
+
+
+def test_a_server_that_stops_ends_its_watchers_without_a_complaint(engine, caplog):
+    heard: list[str] = []
+
+    def watch(url: str) -> None:
+        with httpx.stream("GET", f"{url}/dashboard/events", timeout=30) as answer:
+            heard.extend(answer.iter_lines())
+        heard.append("whole")  # a stream that is cut raises
+
+    with served(engine) as server:
+        watcher = threading.Thread(target=watch, args=(server.url,))
+        watcher.start()
+        while not heard:
+            time.sleep(0.01)
+    watcher.join(30)
+
+    assert heard[-1] == "whole"
+    assert "Exception in ASGI" not in caplog.text
 
 
 def test_a_wrong_change_is_refused_with_a_hint(open_server):

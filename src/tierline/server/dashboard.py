@@ -8,6 +8,7 @@ again once a second while anybody watches.  Nothing of a prompt or an answer is 
 """
 
 import asyncio
+import contextlib
 from typing import Any
 
 import orjson
@@ -225,17 +226,18 @@ class Events(Response):
         self._request = request
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """The Now view, each second."""
+        """The Now view, each second, until the watcher leaves or the server stops."""
         del scope
-        try:
+        with contextlib.suppress(ClientGone):
             async with EventStream(send, receive) as stream:
                 await stream.start()
-                while True:
-                    view = orjson.dumps(now_view(look(self._request)))
-                    await stream.write(b"event: now\ndata: " + view + b"\n\n")
-                    await asyncio.sleep(EVENTS_S)
-        except ClientGone:
-            pass
+                try:
+                    while True:
+                        view = orjson.dumps(now_view(look(self._request)))
+                        await stream.write(b"event: now\ndata: " + view + b"\n\n")
+                        await asyncio.sleep(EVENTS_S)
+                except asyncio.CancelledError:  # by a server that stops: end as streams do
+                    await stream.close()
 
 
 async def events(request: Request) -> Response:
