@@ -10,7 +10,16 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import BaseRoute, Route
 
-from tierline.server import admin, chat, completions, dashboard, embeddings, responses, texts
+from tierline.server import (
+    admin,
+    chat,
+    completions,
+    dashboard,
+    embeddings,
+    openapi,
+    responses,
+    texts,
+)
 from tierline.server.browser import BrowserGuard, allowed_hosts
 from tierline.server.calls import bearer
 from tierline.server.errors import ApiError
@@ -44,6 +53,7 @@ def routes() -> list[BaseRoute]:
         Route("/health", health),
         Route("/ready", ready),
         Route("/metrics", metrics),
+        Route("/openapi.json", openapi.endpoint),
         *admin.routes(),
         *dashboard.routes(),
     ]

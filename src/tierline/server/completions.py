@@ -72,7 +72,7 @@ async def completions(call: Call, asked: CompletionAsked) -> None:
         else:
             async with ClientWatch(call.receive):
                 body = await _whole(call, asked, echoed, answering)
-            await call.answer(body)
+            await call.answer(body, (b"x-request-id", life.id.encode()))
 
 
 async def _prompts(call: Call, asked: CompletionAsked) -> tuple[list[str], list[list[int]]]:

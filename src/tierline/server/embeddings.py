@@ -84,7 +84,7 @@ async def embeddings(call: Call, asked: EmbeddingsAsked) -> None:
     )
     async with call.server.service.answer(work) as answering, ClientWatch(call.receive):
         vectors = await _vectors(answering)
-    await call.answer(_body(answering, asked, vectors), HEADER)
+    await call.answer(_body(answering, asked, vectors), HEADER, (b"x-request-id", life.id.encode()))
 
 
 def _require_dimensions(asked: EmbeddingsAsked, hidden: int) -> None:
