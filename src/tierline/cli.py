@@ -19,9 +19,9 @@ from tierline.base.errors import DependencyError, InputError, TierlineError
 Run = Callable[[argparse.Namespace], int]
 
 EXTRAS = {  # packages that a command may miss, by the extra that brings them
-    "engine": ("gguf", "safetensors", "tokenizers", "torch"),
+    "engine": ("gguf", "llguidance", "safetensors", "tokenizers", "torch"),
     "server": (
-        *("httptools", "llguidance", "opentelemetry", "orjson", "prometheus_client"),
+        *("httptools", "opentelemetry", "orjson", "prometheus_client"),
         *("pydantic", "starlette", "uvicorn", "uvloop"),
     ),
 }

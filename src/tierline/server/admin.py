@@ -277,7 +277,9 @@ async def drain(server: Server, _: Nothing) -> Any:
 
 
 async def undrain(server: Server, _: Nothing) -> Any:
-    """Open the door again."""
+    """Open the door again, unless the process is about to end."""
+    if server.service.stopping:
+        raise ApiError(409, "the server was told to stop", code="stopping")
     server.service.draining = False
     log.info("open again")
     return await drain_state(server, _)

@@ -25,6 +25,7 @@ from tierline.server.errors import ApiError, malformed
 from tierline.server.life import Life
 from tierline.server.service import Answering, Work
 from tierline.server.shapes import (
+    MESSAGES_MAX,
     TOOLS_MAX,
     WHOLE_MAX,
     ChatAsked,
@@ -132,7 +133,7 @@ class ResponsesAsked(Shape):
     """The body of /v1/responses."""
 
     model: Name
-    input: str | Annotated[list[Item], Field(min_length=1)]
+    input: str | Annotated[list[Item], Field(min_length=1, max_length=MESSAGES_MAX, fail_fast=True)]
     instructions: str | None = None
     max_output_tokens: Annotated[int, Field(ge=1, le=WHOLE_MAX)] | None = None
     temperature: Annotated[float, Field(ge=0, le=2)] | None = None
@@ -284,7 +285,7 @@ async def responses(call: Call, asked: ResponsesAsked) -> None:
                 require_whole(some)
                 told.of(some)
             await answering.finish(told.outcome)
-        await call.answer(orjson.dumps(told.response()))
+        await call.answer(orjson.dumps(told.response()), (b"x-request-id", life.id.encode()))
 
 
 async def _stream(call: Call, told: "Telling", answering: Answering) -> None:

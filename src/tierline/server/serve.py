@@ -8,12 +8,13 @@ finish, within a limit; the second stops at once.
 import asyncio
 import gc
 import logging
+import resource
 import secrets
 import signal
 import socket
 import time
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -91,6 +92,7 @@ class Started:
 
 
 DRAIN_POLL_S = 0.05
+BACKLOG = 2048  # connections that wait to be accepted
 CONNECTIONS_S = 2  # pages and idle connections have so long once all requests have ended
 log = logging.getLogger("tierline.server")
 
@@ -101,6 +103,7 @@ def run(wish: Wish, *, started: Callable[[Started], None]) -> None:
     Raises `TierlineError` for whatever keeps it from serving, before anything is served.
     """
     _require(wish)
+    _allow_connections()
     bound = listening(wish.host, wish.port)
     with bound:
         serving = serving_of(wish.target, model=wish.model, given=wish.options)
@@ -110,6 +113,13 @@ def run(wish: Wish, *, started: Callable[[Started], None]) -> None:
         gc.freeze()  # what is here now stays: collections need not walk it
         with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
             runner.run(_run(wish, serving, engine, running, bound, started))
+
+
+def _allow_connections() -> None:
+    """As many open files as the system lets this process have: each client is one."""
+    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    with suppress(ValueError, OSError):
+        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
 
 
 def _require(wish: Wish) -> None:
@@ -203,7 +213,9 @@ async def opened(
                 hint="give one with --key, or listen on 127.0.0.1",
             )
         await state.begin_run(model=running.model, options=options or {}, now_s=clock_s())
-        server = _server(engine, running, settings, state, known, tool_format_name, version)
+        server = _server(
+            engine, running, settings, state, known, tool_format_name, version, clock_s
+        )
         await server.engine.start()
         try:
             yield server
@@ -223,6 +235,7 @@ def _server(
     keys: Keys,
     tool_format_name: str | None,
     version: str,
+    clock_s: Callable[[], float],
 ) -> Server:
     layout = engine.scheduler.layout
     levels = [level.name for level in running.levels]
@@ -254,8 +267,8 @@ def _server(
         keys=keys,
         grammars=Grammars(tokenizer, vocabulary=engine.vocabulary) if tokenizer else None,
         tools=reads,
-        started_s=time.time(),
-        clock_s=time.time,
+        started_s=clock_s(),
+        clock_s=clock_s,
         new_id=lambda: secrets.token_hex(12),
     )
 
@@ -280,11 +293,15 @@ def listening(host: str, port: int) -> socket.socket:
         bound.bind((host, port))
     except OSError as error:
         bound.close()
-        raise InputError(
-            f"cannot listen on port {port} of {host!r}: {error.strerror}",
-            hint="is another server there? --port 0 takes a free one",
-        ) from None
+        raise _taken(host, port, error) from None
     return bound
+
+
+def _taken(host: str, port: int, error: OSError) -> InputError:
+    return InputError(
+        f"cannot listen on port {port} of {host!r}: {error.strerror}",
+        hint="is another server there? --port 0 takes a free one",
+    )
 
 
 async def serve(
@@ -292,10 +309,15 @@ async def serve(
 ) -> None:
     """Serve until a signal comes; `started` is told the address.
 
-    The first signal drains for at most `drain_s` seconds, the second stops at once.
+    The first signal drains for at most `drain_s` seconds, the second stops at once.  Who is still
+    inside then is told so.  Raises `InputError` when the port was taken since it was bound.
     """
     app = application(server)
     host, port = bound.getsockname()[:2]
+    try:
+        bound.listen(BACKLOG)
+    except OSError as error:  # two that bind before either listens: both may
+        raise _taken(host, port, error) from None
     http = HttpServer(uvicorn_config(app, host=host, port=port, drain_s=CONNECTIONS_S))
     loop = asyncio.get_running_loop()
     signalled = asyncio.Event()
@@ -318,6 +340,7 @@ async def serve(
         await asyncio.wait((waiting, running), return_when=asyncio.FIRST_COMPLETED)
         waiting.cancel()
         await _drained(server, http, drain_s)
+        await server.engine.stop()
         http.should_exit = True
         await running
     finally:
@@ -331,7 +354,7 @@ def _named(host: str) -> str:
 
 async def _drained(server: Server, http: HttpServer, drain_s: float) -> None:
     """The door is closed; what is inside finishes, or the time is up."""
-    server.service.draining = True
+    server.service.draining = server.service.stopping = True
     log.info("draining", extra={"fields": {"requests": len(server.recorder.live)}})
     until_s = time.monotonic() + drain_s
     while server.recorder.live and time.monotonic() < until_s and not http.should_exit:

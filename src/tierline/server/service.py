@@ -11,6 +11,7 @@ ends its life with one outcome and hands its usage record to the state.
 """
 
 import asyncio
+import logging
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
@@ -30,6 +31,8 @@ from tierline.server.state import State, usage_of
 from tierline.telemetry.logs import log_prompt, logs_prompts
 
 DRAINING_RETRY_S = 10  # another instance should take it well before
+
+log = logging.getLogger("tierline.server")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -56,7 +59,9 @@ class Service:
         self.engine, self.recorder, self.state = engine, recorder, state
         self.open_max = open_max
         self.draining = False
+        self.stopping = False  # and not to be undone
         self.streams_open = self.streams_stalled = 0
+        self._failure_logged = False
 
     @property
     def now_ps(self) -> int:
@@ -131,7 +136,29 @@ class Service:
                 **options,
             )
         except TierlineError as error:
-            raise told(error) from None
+            raise self.told(error) from None
+
+    def told(self, error: TierlineError) -> ApiError:
+        """What a caller is told of an error of the engine's.
+
+        When that has failed, its error is logged once, and only its name is told: what it says
+        could hold words of others.
+        """
+        if not self.engine.failed:
+            return told(error)
+        cause = error.__cause__
+        if cause is None:
+            return ApiError(
+                503,
+                "the server is stopping",
+                code="stopping",
+                hint="send it to another instance",
+                headers={"Retry-After": str(DRAINING_RETRY_S)},
+            )
+        if not self._failure_logged:
+            self._failure_logged = True
+            log.error("the engine has failed", exc_info=cause)
+        return ApiError(503, f"the engine has failed: {type(cause).__name__}", code="unavailable")
 
     async def _full(self, life: Life) -> ApiError:
         """When another try makes sense: what the scheduler predicts for a newcomer like this."""
@@ -218,7 +245,7 @@ class Answering:
             else:
                 at, deltas = await self._next_of_many()
         except DependencyError as error:
-            raise told(error) from None
+            raise self._service.told(error) from None
         n = self.work.params.n
         return [self._account(at * n + delta.index, delta) for delta in deltas]
 

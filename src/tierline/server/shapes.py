@@ -16,9 +16,11 @@ from tierline.server.errors import unsupported
 WHOLE_MAX = 2**31 - 1
 TEXT_NAME_MAX = 256
 PROMPTS_MAX = 2048
+MESSAGES_MAX = 4096
 TOOLS_MAX = 128
 
-Tokens = list[Annotated[int, Field(ge=0, le=WHOLE_MAX)]]
+# A list of many wrong items stops at the first: a message for each would hold up everybody.
+Tokens = Annotated[list[Annotated[int, Field(ge=0, le=WHOLE_MAX)]], Field(fail_fast=True)]
 Name = Annotated[str, Field(min_length=1, max_length=TEXT_NAME_MAX)]
 Stop = Annotated[str, Field(min_length=1, max_length=STOP_CHARACTERS_MAX)]
 
@@ -86,7 +88,7 @@ class Asked(Shape):
     top_k: Annotated[int, Field(ge=-1, le=WHOLE_MAX)] | None = None
     min_p: Annotated[float, Field(ge=0, le=1)] | None = None
     seed: Annotated[int, Field(ge=-(2**63), lt=2**63)] | None = None
-    stop: Stop | Annotated[list[Stop], Field(max_length=STOPS_MAX)] | None = None
+    stop: Stop | Annotated[list[Stop], Field(max_length=STOPS_MAX, fail_fast=True)] | None = None
     stop_token_ids: Tokens | None = None
     frequency_penalty: Annotated[float, Field(ge=-2, le=2)] | None = None
     presence_penalty: Annotated[float, Field(ge=-2, le=2)] | None = None
@@ -179,6 +181,9 @@ class Message(Shape):
         return "".join(part.text or part.refusal or "" for part in self.content)
 
 
+Messages = Annotated[list[Message], Field(min_length=1, max_length=MESSAGES_MAX, fail_fast=True)]
+
+
 class Function(Shape):
     """A function that the model may call."""
 
@@ -233,7 +238,7 @@ class ResponseFormat(Shape):
 class ChatAsked(Asked):
     """The body of /v1/chat/completions."""
 
-    messages: Annotated[list[Message], Field(min_length=1)]
+    messages: Messages
     max_completion_tokens: Annotated[int, Field(ge=1, le=WHOLE_MAX)] | None = None
     logprobs: bool | None = None
     top_logprobs: Annotated[int, Field(ge=0, le=LOGPROBS_MAX)] | None = None
@@ -274,9 +279,9 @@ class CompletionAsked(Asked):
 
     prompt: (
         str
-        | Annotated[list[str], Field(min_length=1, max_length=PROMPTS_MAX)]
+        | Annotated[list[str], Field(min_length=1, max_length=PROMPTS_MAX, fail_fast=True)]
         | Annotated[Tokens, Field(min_length=1)]
-        | Annotated[list[Tokens], Field(min_length=1, max_length=PROMPTS_MAX)]
+        | Annotated[list[Tokens], Field(min_length=1, max_length=PROMPTS_MAX, fail_fast=True)]
     )
     echo: bool | None = None
     logprobs: Annotated[int, Field(ge=0, le=LOGPROBS_MAX)] | None = None
@@ -289,7 +294,10 @@ class TokenizeAsked(Shape):
 
     model: Name | None = None
     prompt: str | None = None
-    messages: Annotated[list[Message], Field(min_length=1)] | None = None
+    messages: (
+        Annotated[list[Message], Field(min_length=1, max_length=MESSAGES_MAX, fail_fast=True)]
+        | None
+    ) = None
     add_special_tokens: bool = True
     add_generation_prompt: bool = True
     return_token_strs: bool = False
