@@ -11,12 +11,21 @@ VENV := .venv
 BIN := $(VENV)/bin
 # A stamp each, so that the second run starts at once and a changed pyproject.toml installs again.
 BASE := $(VENV)/.installed
+SERVER := $(VENV)/.installed-server
 DEV := $(VENV)/.installed-dev
+# The version that everybody tests; make TORCH=torch takes the newest.
+TORCH := torch==2.13.0
+PORT := 8000
 
 help: ## this menu
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-8s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
-run: $(BASE) ## plan a fleet for the bundled example trace; the report lands in out/example
+run: $(SERVER) ## serve a real model: fetch it, measure this machine, print the dashboard's address
+	$(BIN)/tierline models fetch demo
+	@$(BIN)/tierline gpus this-machine >/dev/null 2>&1 || $(BIN)/tierline calibrate
+	$(BIN)/tierline serve demo --embedded --port $(PORT)
+
+plan: $(BASE) ## plan a fleet for the bundled example trace; the report lands in out/example
 	$(BIN)/tierline plan --model llama-3.1-70b --trace examples/chat.jsonl.gz \
 	  --slo ttft_p99=2s,itl_p99=50ms -o out/example
 	@echo "open out/example/report.html in a browser"
@@ -56,8 +65,13 @@ $(BASE): pyproject.toml | $(VENV)/bin/python
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable .
 	@touch $@
 
-$(DEV): pyproject.toml | $(VENV)/bin/python
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[dev]'
+$(SERVER): pyproject.toml | $(VENV)/bin/python
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check '$(TORCH)'
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[server]'
 	@touch $@ $(BASE)
 
-.PHONY: help run test check fix docs bench clean
+$(DEV): pyproject.toml | $(VENV)/bin/python
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[dev]'
+	@touch $@ $(SERVER) $(BASE)
+
+.PHONY: help run plan test check fix docs bench clean

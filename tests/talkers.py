@@ -26,6 +26,6 @@ TEMPLATE = """\
 
 def tiny_talker(folder: Path, architecture: str = "qwen3", **changes: Any) -> Path:
     """A tiny checkpoint with a chat template; 2,048 positions, for tools take many bytes."""
-    path = tiny_checkpoint(architecture, folder, max_position_embeddings=2048, **changes)
+    path = tiny_checkpoint(architecture, folder, **{"max_position_embeddings": 2048, **changes})
     (path / "chat_template.jinja").write_text(TEMPLATE)
     return path

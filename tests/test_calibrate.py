@@ -400,7 +400,8 @@ TINY = Sizes(
 def tiny(home: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """Everything small, so that a calibration takes a moment; gives the folder of entries."""
     monkeypatch.setattr(module, "CPU_SIZES", TINY)
-    monkeypatch.setattr(module.native, "load", lambda folder, **_: module.native.Missing("in a hurry"))
+    missing = module.native.Missing("in a hurry")
+    monkeypatch.setattr(module.native, "load", lambda folder, **_: missing)
     return own_folder()
 
 

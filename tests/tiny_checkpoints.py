@@ -12,6 +12,10 @@ import torch
 import transformers
 
 VOCABULARY = 264  # 256 bytes, and eight special tokens
+CHAT_TEMPLATE = (
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
 SPECIAL = ("<s>", "</s>", "<pad>", "<|im_start|>", "<|im_end|>", "<a>", "<b>", "<c>")
 
 _COMMON: dict[str, Any] = {
@@ -101,6 +105,13 @@ def tiny_checkpoint(architecture: str, folder: Path, *, seed: int = 0, **changes
     path = folder / f"tiny-{architecture}"
     tiny_model(architecture, seed=seed, **changes).save_pretrained(path)
     write_tokenizer(path)
+    return path
+
+
+def tiny_chat_checkpoint(folder: Path, **changes: Any) -> Path:
+    """A tiny llama that can be talked to."""
+    path = tiny_checkpoint("llama", folder, **changes)
+    (path / "chat_template.jinja").write_text(CHAT_TEMPLATE)
     return path
 
 

@@ -8,6 +8,7 @@ from typing import Any
 
 import orjson
 
+from tierline.base.errors import RequestError
 from tierline.engine.generation import Delta, Grammar, TokenLogprob
 from tierline.engine.sampling import SamplingParams
 from tierline.server.answers import (
@@ -198,8 +199,13 @@ def prompt_of(
         )
     now = datetime.fromtimestamp(call.arrived_s, UTC)
     offered = template_tools(tools) if reads.templated and tools else None
-    told = reads.messages(messages, tools)
-    return engine.chat.encode(told, now=now, tools=offered, **variables)
+    try:
+        told = reads.messages(messages, tools)
+        return engine.chat.encode(told, now=now, tools=offered, **variables)
+    except RequestError as error:
+        raise ApiError(
+            400, str(error), code="invalid_value", param="messages", hint=error.hint
+        ) from None
 
 
 def as_dict(message: Message) -> dict[str, Any]:

@@ -233,11 +233,21 @@ class Events(Response):
                 await stream.start()
                 try:
                     while True:
-                        view = orjson.dumps(now_view(look(self._request)))
-                        await stream.write(b"event: now\ndata: " + view + b"\n\n")
+                        await stream.write(_told(self._request))
                         await asyncio.sleep(EVENTS_S)
                 except asyncio.CancelledError:  # by a server that stops: end as streams do
                     await stream.close()
+
+
+def _told(request: Request) -> bytes:
+    """The event of this second: one view for everybody who watches."""
+    state = request.app.state
+    second = int(state.server.clock_s() / EVENTS_S)
+    known: tuple[int, bytes] = getattr(state, "told", (0, b""))
+    if known[0] != second:
+        view = orjson.dumps(now_view(look(request)))
+        known = state.told = (second, b"event: now\ndata: " + view + b"\n\n")
+    return known[1]
 
 
 async def events(request: Request) -> Response:

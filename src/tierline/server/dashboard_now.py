@@ -7,7 +7,6 @@ drawn here, `series` are numbers for the plots.
     INV-SRV-50  what a page says when it is loaded is what it is told live: both are one view
 """
 
-from collections import Counter
 from collections.abc import Sequence
 from itertools import takewhile
 from typing import Any
@@ -185,7 +184,9 @@ def _rates(seen: Seen) -> dict[str, Shown]:
 
 def _output(step: StepSample) -> int:
     """Tokens generated: one a decode, and the first of every prompt that ended."""
-    return step.decodes + sum(note.what == "first token" for note in step.notes)
+    if not step.notes:
+        return step.decodes
+    return step.decodes + len([1 for note in step.notes if note.what == "first token"])
 
 
 def _memory(seen: Seen) -> dict[str, Shown]:
@@ -287,18 +288,17 @@ def _steps_series(seen: Seen, steps: Sequence[StepSample]) -> dict[str, Any]:
 
 def _rates_series(seen: Seen) -> dict[str, Any]:
     """Columns: Unix second, tokens generated in it, prompt tokens computed in it."""
-    output: Counter[int] = Counter()
-    prompt: Counter[int] = Counter()
-    offset_s = seen.now_s - seen.now_ps / PS_PER_S
+    output, prompt = [0] * (RATES_S + 1), [0] * (RATES_S + 1)
     now = int(seen.now_s)
+    first_ps = seen.now_ps - round((seen.now_s - now + RATES_S) * PS_PER_S)
     for step in reversed(seen.steps):
-        second = int(step.end_ps / PS_PER_S + offset_s)
-        if second < now - RATES_S:
+        second = (step.end_ps - first_ps) // PS_PER_S
+        if second < 0:
             break
         output[second] += _output(step)
         prompt[second] += step.prefill_tokens
-    whole = range(now - RATES_S, now)  # the second under way would always look like a drop
-    return {"columns": [list(whole), [output[s] for s in whole], [prompt[s] for s in whole]]}
+    # The second under way is left out: it would always look like a drop.
+    return {"columns": [list(range(now - RATES_S, now)), output[:-1], prompt[:-1]]}
 
 
 def _ttft_series(seen: Seen, recent: Sequence[Life]) -> dict[str, Any]:

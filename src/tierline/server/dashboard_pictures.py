@@ -64,6 +64,7 @@ def _cells(held: int, cached: int, total: int) -> Iterable[str]:
         "svg",
         element("title", words) + "".join(cells),
         viewBox=f"0 0 {CELLS * width} 28",
+        preserveAspectRatio="none",
         class_="strip",
         role="img",
     )

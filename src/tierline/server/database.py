@@ -16,6 +16,7 @@ Invariants
 import fcntl
 import os
 import sqlite3
+from contextlib import suppress
 from pathlib import Path
 from typing import IO
 
@@ -129,7 +130,8 @@ def lock_folder(folder: Path) -> IO[str]:
             hint="stop that server first, or give this one a data folder of its own",
         ) from None
     except OSError as error:  # a full disk, for one
-        lock.close()
+        with suppress(OSError):  # what could not be written still cannot
+            lock.close()
         raise _unusable(folder, error.strerror or str(error)) from None
     return lock
 

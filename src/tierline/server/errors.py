@@ -131,5 +131,10 @@ def _sentence(place: tuple[int | str, ...], message: str) -> str:
 
 def _place(loc: tuple[int | str, ...]) -> str:
     """`messages.0.role`, without the names of a union's branches."""
-    parts = [str(part) for part in loc if isinstance(part, int) or part.isidentifier()]
+    parts = [str(part) for part in loc if isinstance(part, int) or _names_a_field(part)]
     return ".".join(part[:64] for part in parts)[:256]
+
+
+def _names_a_field(part: str) -> bool:
+    """Branches are named after a type: `str`, `list[str]`, `ToolChosen`; fields begin small."""
+    return part.isidentifier() and part[0].islower() and part not in ("str", "int", "float", "bool")

@@ -246,13 +246,21 @@ def _text(content: str | list[InputPart] | None) -> str:
     return content or ""
 
 
+# What a chat calls otherwise, where a refusal names it.
+OWN_NAMES = {"messages": "input", "response_format": "text.format"}
+
+
 # --- what is answered -----------------------------------------------------------------------
 
 
 async def responses(call: Call, asked: ResponsesAsked) -> None:
     """Handle one request."""
-    chat = as_chat(asked)
-    conversation = await conversation_of(call, chat)
+    try:
+        chat = as_chat(asked)
+        conversation = await conversation_of(call, chat)
+    except ApiError as error:
+        error.param = error.param and OWN_NAMES.get(error.param, error.param)
+        raise
     served = served_as(call, chat, tier=asked.service_tier)
     life = life_of(
         call,

@@ -11,7 +11,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from tierline.engine.sampling import LOGPROBS_MAX, N_MAX, STOP_CHARACTERS_MAX, STOPS_MAX
-from tierline.server.errors import unsupported
+from tierline.server.errors import ApiError, unsupported
 
 WHOLE_MAX = 2**31 - 1
 TEXT_NAME_MAX = 256
@@ -268,10 +268,21 @@ class ChatAsked(Asked):
     @model_validator(mode="after")
     def _consistent(self) -> "ChatAsked":
         if self.top_logprobs is not None and not self.logprobs:
-            raise ValueError("top_logprobs needs logprobs: true")
+            raise _needs("top_logprobs", "logprobs: true")
         if self.tool_choice not in (None, "none", "auto") and not self.tools:
-            raise ValueError("tool_choice needs tools")
+            raise _needs("tool_choice", "tools")
         return self
+
+
+def _needs(param: str, other: str) -> ApiError:
+    """Raised by a validator as it is, for a `ValueError` of a whole body names no parameter."""
+    return ApiError(
+        400,
+        f"{param} needs {other}",
+        code="invalid_value",
+        param=param,
+        hint=f"leave out {param}, or send {other.partition(':')[0]}, too",
+    )
 
 
 class CompletionAsked(Asked):
@@ -294,10 +305,7 @@ class TokenizeAsked(Shape):
 
     model: Name | None = None
     prompt: str | None = None
-    messages: (
-        Annotated[list[Message], Field(min_length=1, max_length=MESSAGES_MAX, fail_fast=True)]
-        | None
-    ) = None
+    messages: Messages | None = None
     add_special_tokens: bool = True
     add_generation_prompt: bool = True
     return_token_strs: bool = False
