@@ -14,6 +14,7 @@ import pytest
 from servers import MODEL, Served, engine_of, served
 from tierline.server import admin
 from tierline.server.admin import TOKEN_NAME, admin_token
+from tierline.server.running import room_tokens
 from tiny_checkpoints import tiny_checkpoint
 
 TOKEN = "operators-only-0123456789abcdef"
@@ -322,6 +323,7 @@ def test_tiers_shrink_and_grow_and_say_what_they_hold(operator: Operator) -> Non
     (before,) = operator.get("/admin/tiers")["data"]
     half = before["bytes"] // 2
     status, shrunk = operator.ask("PUT", "/admin/tiers", {"device_bytes": half})
+    running, metrics = operator.there.server.running, operator.client.get("/metrics").text
     after_shrink = operator.complete(prompt)
     _, grown = operator.ask("PUT", "/admin/tiers", {"device_bytes": before["bytes"]})
 
@@ -330,6 +332,9 @@ def test_tiers_shrink_and_grow_and_say_what_they_hold(operator: Operator) -> Non
     assert status == 200
     assert half * 0.9 < shrunk["data"][0]["bytes"] <= half
     assert shrunk["data"][0]["blocks"] <= before["blocks"] // 2
+    assert running.rooms[0].bytes == shrunk["data"][0]["bytes"]
+    assert room_tokens(running.instance) == running.rooms[0].tokens
+    assert f'num_gpu_blocks="{shrunk["data"][0]["blocks"]}"' in metrics
     assert after_shrink[0] == 200
     assert grown["data"][0]["bytes"] == before["bytes"]
 

@@ -8,6 +8,7 @@ Invariants
     INV-SRV-16  nothing under /admin is done or told without the admin token
 """
 
+import asyncio
 import hmac
 import logging
 from collections.abc import Awaitable, Callable
@@ -28,6 +29,7 @@ from tierline.server.calls import bearer
 from tierline.server.errors import ApiError, malformed, told
 from tierline.server.http import read_body
 from tierline.server.keys import TENANT, secret_file
+from tierline.server.running import resized
 from tierline.server.server import Server
 from tierline.server.shapes import Name, Shape
 from tierline.server.sse import ClientGone
@@ -324,6 +326,8 @@ async def change_tiers(server: Server, asked: TiersAsked) -> Any:
         raise ApiError(
             409, str(error), code="does_not_fit", param="device_bytes", hint=error.hint
         ) from None
+    server.running = await asyncio.to_thread(resized, server.running, engine)
+    server.recorder.metrics.resized(kv_blocks=found[0]["blocks"])
     log.info("the device's tier was resized", extra={"fields": {"bytes": found[0]["bytes"]}})
     return _listed(found)
 

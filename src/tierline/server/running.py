@@ -12,7 +12,7 @@ Invariants
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from tierline.base.clock import PS_PER_S
@@ -203,6 +203,19 @@ def running_of(
         else None,
         warnings=tuple(said),
         instance=instance,
+    )
+
+
+def resized(running: Running, engine: "Engine") -> Running:
+    """`running` with another size of memory on the device; promises stay what they were."""
+    now = running_of(engine, levels=running.levels, prefix_cache=running.instance.prefix_cache)
+    return replace(
+        running,
+        rooms=now.rooms,
+        sequences_fit=now.sequences_fit,
+        prompt_longest_tokens=now.prompt_longest_tokens,
+        here=now.here,
+        instance=now.instance,
     )
 
 

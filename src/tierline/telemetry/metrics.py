@@ -91,8 +91,8 @@ class Metrics:
             "outcome": tuple(FINISHED_REASONS),
             "status": STATUSES,
             "finished_reason": ("stop", "length", "abort", "error"),
-            "block_size": (str(block_tokens),),
-            "num_gpu_blocks": (str(kv_blocks),),
+            "block_size": (),  # of one series, see `resized`
+            "num_gpu_blocks": (),
             "version": (version,),
         }
         lengths = one_two_five(positions_max)
@@ -108,7 +108,8 @@ class Metrics:
                 self._histograms[m.name] = {labels: Histogram(bounds) for labels in series}
             else:
                 self._numbers[m.name] = dict.fromkeys(series, 0.0)
-        self._numbers["vllm:cache_config_info"] = {(str(block_tokens), str(kv_blocks)): 1.0}
+        self._block_tokens = block_tokens
+        self.resized(kv_blocks=kv_blocks)
         self._numbers["tierline:build_info"] = {(version,): 1.0}
         self._ttft = self._by_level("tierline:time_to_first_token_seconds")
         self._itl = self._by_level("tierline:inter_token_latency_seconds")
@@ -119,6 +120,10 @@ class Metrics:
         ProcessCollector(registry=self._process)
 
     # What happens
+
+    def resized(self, *, kv_blocks: int) -> None:
+        """The device's memory has so many blocks from now on."""
+        self._numbers["vllm:cache_config_info"] = {(str(self._block_tokens), str(kv_blocks)): 1.0}
 
     def step(
         self,
