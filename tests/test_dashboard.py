@@ -285,7 +285,9 @@ def test_requests_are_filtered_and_newest_first(recording):
     failed = requests_view(seen, show="failed", level="")["rows"]
     batch = requests_view(seen, show="past", level="batch")["rows"]
 
-    assert [row["id"] for row in rows] == [life.id for life in reversed(seen.past)]
+    newest = sorted(seen.past, key=lambda life: life.arrival_ps, reverse=True)
+
+    assert [row["id"] for row in rows] == [life.id for life in newest]
     assert [row["state"] for row in failed] == ["cancelled"]
     assert {row["level"] for row in batch} == {"batch"}
     assert not requests_view(seen, show="live", level="")["rows"]

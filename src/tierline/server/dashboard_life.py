@@ -16,7 +16,7 @@ from tierline.base.clock import PS_PER_S
 from tierline.server.dashboard_pictures import beside_columns, life_bar
 from tierline.server.dashboard_seen import Seen, mark
 from tierline.server.dashboard_words import Shown, counted, number, seconds, sentence, share
-from tierline.server.life import Life, StepSample
+from tierline.server.life import Event, Life, StepSample
 
 NAMED_MAX = 5  # others that are called by their number
 COLUMNS = 120  # of the picture of what ran beside
@@ -146,7 +146,7 @@ def life_view(seen: Seen, life: Life) -> dict[str, Any]:
         "others": [(other, tokens) for other, tokens in whole.by_request[:NAMED_MAX]],
         "others_more": max(len(whole.by_request) - NAMED_MAX, 0),
         "gap": _gap(seen, life),
-        "events": [_event(life, i) for i in range(len(life.events))],
+        "events": [_event(life, event) for event in sorted(life.events, key=_at)],
         "facts": _facts(life),
     }
 
@@ -238,8 +238,12 @@ def _beside_title(found: Beside) -> str:
     return f"Meanwhile {prompts} were computed, and {found.decode_tokens:,} generated for others"
 
 
-def _event(life: Life, i: int) -> dict[str, Any]:
-    event = life.events[i]
+def _at(event: Event) -> int:
+    """Prefills are told when they end, by when they began."""
+    return event.at_ps
+
+
+def _event(life: Life, event: Event) -> dict[str, Any]:
     return {
         "kind": event.kind,
         "after": seconds((event.at_ps - life.arrival_ps) / PS_PER_S),

@@ -49,7 +49,7 @@ def models_view(seen: Seen, running: Running) -> dict[str, Any]:
         "model": [
             ("name", Shown(running.model)),
             ("architecture", Shown(running.architecture)),
-            ("weights kept in", Shown(running.dtype)),
+            ("computed in", Shown(running.dtype)),
             ("weights", size(running.weight_bytes)),
             ("device", Shown(running.device)),
             ("kernels", Shown(running.kernels)),

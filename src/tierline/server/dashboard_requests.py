@@ -1,9 +1,10 @@
 """The table of requests: who is here, who was, how each fared.
 
-Live ones first, then the past ones, newest first; every row links to its life.
+Live ones first, then the past ones, the latest to come first; every row links to its life.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from operator import attrgetter
 from typing import Any
 from urllib.parse import quote
 
@@ -21,7 +22,7 @@ FAILED = ("error", "refused", "late", "stalled", "cancelled")
 
 def requests_view(seen: Seen, *, show: str, level: str) -> dict[str, Any]:
     """The rows to show, and what there is in all."""
-    lives = [*reversed(seen.live), *reversed(seen.past)]
+    lives = [*_latest_first(seen.live), *_latest_first(seen.past)]
     chosen = [life for life in lives if _wanted(life, show) and level in ("", life.level)]
     rows = chosen[:ROWS_MAX]
     longest_ps = max((_end_ps(life, seen) - life.arrival_ps for life in rows), default=0)
@@ -32,6 +33,10 @@ def requests_view(seen: Seen, *, show: str, level: str) -> dict[str, Any]:
         "scale": seconds(longest_ps / PS_PER_S),
         "any": bool(lives),
     }
+
+
+def _latest_first(lives: Iterable[Life]) -> list[Life]:
+    return sorted(lives, key=attrgetter("arrival_ps"), reverse=True)
 
 
 def _wanted(life: Life, show: str) -> bool:
@@ -56,17 +61,14 @@ def _answer(seen: Seen) -> str:
     if not seen.live and not seen.past:
         return "No request has come since the start."
     waiting = sum(life.state == "waiting" for life in seen.live)
-    here = f"{counted(len(seen.live), 'request')} here"
+    here = f"{counted(len(seen.live), 'request')} here" if seen.live else "Nobody is here"
     here += f", {waiting:,} of them waiting" if waiting else ""
     failed = sum(life.outcome in FAILED for life in seen.past)
     late = sum(map(_late, seen.past))
-    ended = f"of the last {len(seen.past):,} that ended, {late or 'none'} had a late first token"
-    return sentence(
-        [
-            here,
-            f"{ended} and {failed or 'none'} ended without all of its answer" if seen.past else "",
-        ]
+    ended = (
+        f"of the last {counted(len(seen.past), 'request')}, {late or 'none'} had a late first token"
     )
+    return sentence([here, f"{ended} and {failed or 'none'} broke off" if seen.past else ""])
 
 
 def _row(life: Life, seen: Seen, longest_ps: int) -> dict[str, Any]:
