@@ -454,6 +454,31 @@ def test_greedy_takes_the_lowest_of_equals(vocabulary: int) -> None:
 
 
 @given(
+    values=st.lists(
+        st.sampled_from([-2.0, -0.0, 0.0, 0.5, 3.0, -math.inf, math.inf, math.nan]),
+        min_size=1,
+        max_size=200,
+    ),
+    bias=st.dictionaries(st.integers(0, 199), st.sampled_from([-3.0, 3.5]), max_size=3),
+)
+def test_a_greedy_row_alone_is_one_among_rows_that_are_drawn(
+    values: list[float], bias: dict[int, float]
+) -> None:
+    near = {token: by for token, by in bias.items() if token < len(values)}
+    greedy = SamplingParams(temperature=0, logit_bias=near)
+    sampler = Sampler(len(values))
+    rows = [opened(params, vocabulary=len(values)) for params in (greedy, SamplingParams())]
+    logits = torch.tensor([values, [0.0] * len(values)])
+    alone = sampler.sample(logits[:1].clone(), rows[:1])
+    among = sampler.sample(logits.clone(), rows)
+
+    assert alone.tokens == among.tokens[:1]
+    assert {i: str(e) for i, e in alone.errors.items()} == {
+        i: str(e) for i, e in among.errors.items()
+    }
+
+
+@given(
     values=st.lists(st.sampled_from([-2.0, -0.0, 0.0, 0.5, 3.0]), min_size=64, max_size=640),
     k=st.integers(1, 64),
 )
@@ -508,7 +533,7 @@ def test_without_the_check_a_nan_would_pass_for_a_token(monkeypatch: pytest.Monk
     rows = [opened(SamplingParams(temperature=0)) for _ in range(2)]
     sick = torch.tensor([[1.0, math.nan, 0.0, 0.0, 0.0, 0.0], POST])
 
-    assert draw(sick, rows) == [0, 0]
+    assert draw(sick.clone(), rows) == [1, 0]  # without an error
 
 
 def test_an_impossible_token_is_not_an_error() -> None:

@@ -136,18 +136,19 @@ class Executor:
             elif done + count == len(text):  # all that is known is cached: the next is sampled
                 wanted.append(len(tokens) - 1)
                 sampling.append(s)
+        counts = [count for _, _, count in moves]
+        lengths = [done + count for _, done, count in moves]
         before = np.array([done for _, done, _ in moves], dtype=np.int32)
-        counts = np.array([count for _, _, count in moves], dtype=np.int32)
-        starts = np.zeros(len(moves) + 1, dtype=np.int32)
-        starts[1:] = list(accumulate(counts.tolist()))
-        lengths = before + counts
-        positions = np.arange(len(tokens), dtype=np.int32) + np.repeat(before - starts[:-1], counts)
+        positions = before
+        if len(tokens) > len(moves):  # somebody advances by more than one
+            spans = [np.arange(done, done + count, dtype=np.int32) for _, done, count in moves]
+            positions = np.concatenate(spans)
         batch = Batch(
             tokens=np.array(tokens, dtype=np.int32),
             positions=positions,
-            starts=starts,
-            lengths=lengths,
-            tables=self.tables.rows(slots, -(-int(lengths.max()) // self._block)),
+            starts=np.array([0, *accumulate(counts)], dtype=np.int32),
+            lengths=np.array(lengths, dtype=np.int32),
+            tables=self.tables.rows(slots, -(-max(lengths) // self._block)),
             wanted=np.array(wanted, dtype=np.int32),
             pooled=np.array(summed, dtype=np.int32) if summed else NOBODY,
         )

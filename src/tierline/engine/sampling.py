@@ -42,6 +42,8 @@ _GOLDEN = 0x9E3779B97F4A7C15
 _WORD = (1 << 64) - 1
 
 Ints = NDArray[np.int64]
+Counted = tuple[Ints, NDArray[np.float32]]  # tokens, and a number for each
+NOTHING: Counted = (np.empty(0, np.int64), np.empty(0, np.float32))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -215,12 +217,14 @@ class Row:
     __slots__ = (
         "_bans",
         "_counts",
+        "_edits",
         "_ids",
         "_penalised",
         "_places",
         "_tail",
         "_tail_max",
         "bias",
+        "likeliest",
         "params",
         "produced",
         "stop_ids",
@@ -234,19 +238,19 @@ class Row:
         self.stream = stream
         self.stop_ids = frozenset(stop_ids)
         self.produced = 0
-        self.bias = (
-            np.fromiter(params.logit_bias.keys(), dtype=np.int64),
-            np.fromiter(params.logit_bias.values(), dtype=np.float32),
-        )
+        self.likeliest = params.greedy and params.logprobs is None  # wants nothing else
+        self.bias = _counted(params.logit_bias)
         self._bans = _endings(params)
         self._tail_max = max((length for length, _ in self._bans), default=0)
         self._tail = list(prompt[len(prompt) - self._tail_max :]) if self._tail_max else []
         repeats = params.repetition_penalty != 1
         self._penalised = repeats or bool(params.frequency_penalty or params.presence_penalty)
+        self._edits = bool(
+            self._penalised or params.logit_bias or params.banned_tokens or self._bans
+        )
         seen = dict.fromkeys(prompt) if repeats else {}
         self._places = {token: place for place, token in enumerate(seen)}
-        self._ids = np.fromiter(seen, dtype=np.int64, count=len(seen))
-        self._counts = np.zeros(len(seen), dtype=np.float32)
+        self._ids, self._counts = _counted(dict.fromkeys(seen, 0.0))
 
     def append(self, token: int) -> None:
         """The token that was taken, from `sample` or from elsewhere."""
@@ -264,7 +268,7 @@ class Row:
             self._ids[place], self._counts[place] = token, 0
         self._counts[place] += 1
 
-    def counted(self) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
+    def counted(self) -> Counted:
         """Tokens that a penalty may touch, and how often each was produced."""
         known = len(self._places)
         return self._ids[:known], self._counts[:known]
@@ -281,14 +285,13 @@ class Row:
     @property
     def edited(self) -> bool:
         """Whether the logits of this row are changed before the draw."""
-        params = self.params
-        return bool(
-            self._penalised
-            or len(self.bias[0])
-            or params.banned_tokens
-            or self._bans
-            or self.produced < params.min_tokens
-        )
+        return self._edits or self.produced < self.params.min_tokens
+
+
+def _counted(numbers: Mapping[int, float]) -> Counted:
+    if not numbers:
+        return NOTHING
+    return np.array([*numbers], np.int64), np.array([*numbers.values()], np.float32)
 
 
 def _endings(params: SamplingParams) -> list[tuple[int, dict[tuple[int, ...], list[int]]]]:
@@ -328,6 +331,7 @@ class Sampler:
         assert vocabulary > 0
         self.vocabulary = vocabulary
         self.device = torch.device(device)
+        self._on_cpu = self.device.type == "cpu"
         self.eos_ids = tuple(eos_ids)
 
     def open(
@@ -372,6 +376,8 @@ class Sampler:
         assert logits.shape == (len(rows), self.vocabulary)
         if not rows:
             return Sampled(tokens=[], logprobs=[], top_logprobs=[], errors={})
+        if self._on_cpu and all(row.likeliest for row in rows):
+            return self._likeliest(logits.float().contiguous(), rows, masks or {})
         x = self._padded(logits.float())
         raw = _raw(x, [i for i, row in enumerate(rows) if row.params.logprobs is not None])
         self._edit(x, rows, masks or {})
@@ -394,6 +400,28 @@ class Sampler:
         if raw is not None:
             raw.report(rows, sampled)
         return sampled
+
+    def _likeliest(
+        self, x: torch.Tensor, rows: Sequence[Row], masks: Mapping[int, torch.Tensor]
+    ) -> Sampled:
+        """Nobody draws and nobody asks for more than a token: numpy's argmax on x [R, vocabulary].
+
+        It takes the lowest id among equals and a NaN before all, as `_first` and `amax` do, in
+        three calls instead of a dozen.
+        """
+        self._edit(x, rows, masks)
+        values = x.numpy()
+        first = values.argmax(-1)
+        tokens = first.tolist()
+        errors = _errors(values[np.arange(len(tokens)), first].tolist())
+        for i in errors:
+            tokens[i] = -1
+        return Sampled(
+            tokens=tokens,
+            logprobs=[None] * len(tokens),
+            top_logprobs=[None] * len(tokens),
+            errors=errors,
+        )
 
     def _padded(self, logits: torch.Tensor) -> torch.Tensor:
         """Rows of whole chunks; what is added is never chosen."""

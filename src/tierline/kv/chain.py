@@ -7,6 +7,7 @@ block implies equality of all before it.
 """
 
 import hashlib
+import struct
 from collections.abc import Sequence as Seq
 
 NAME_BITS = 128  # a collision would serve one prompt with another's KV
@@ -28,12 +29,11 @@ def salt(*, model_revision: str, tenant: str = "", adapter: str = "") -> bytes:
 def chain_of(tokens: Seq[int], *, block_tokens: int, start: bytes) -> list[int]:
     """Names of the full blocks of a prompt; `start` comes from `salt`."""
     names: list[int] = []
+    pack = struct.Struct(f"<{len(start)}s{block_tokens}I").pack
     before = start
     for first in range(0, len(tokens) - block_tokens + 1, block_tokens):
-        digest = hashlib.blake2b(before, digest_size=NAME_BITS // 8)
-        for token in tokens[first : first + block_tokens]:
-            digest.update(token.to_bytes(4, "little"))
-        before = digest.digest()
+        block = pack(before, *tokens[first : first + block_tokens])
+        before = hashlib.blake2b(block, digest_size=NAME_BITS // 8).digest()
         names.append(int.from_bytes(before, "little"))
     return names
 
