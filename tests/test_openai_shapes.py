@@ -13,15 +13,17 @@ from typing import Any
 
 import httpx
 import pytest
+import torch
 
 from openai_document import Judge
-from servers import MODEL, Served, engine_of, served
+from servers import MODEL, engine_of, served
 from talkers import tiny_talker
 from tierline.server.embeddings import EmbeddingsAsked
 from tierline.server.openapi_words import PARAMETERS, WITHOUT_EFFECT
 from tierline.server.responses import ResponsesAsked
 from tierline.server.shapes import UNSUPPORTED, ChatAsked, CompletionAsked
 
+torch.set_num_threads(1)  # tiny products: a second thread only waits
 SAID = [{"role": "user", "content": "hi"}]
 SCHEMA = {
     "type": "object",
@@ -72,8 +74,10 @@ RESPONSES: dict[str, dict[str, Any]] = {
 
 
 @pytest.fixture(scope="module")
-def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
-    with served(engine_of(tiny_talker(tmp_path_factory.mktemp("shapes")))) as one:
+def client(tmp_path_factory: pytest.TempPathFactory) -> Iterator[httpx.Client]:
+    """Of a server of a tiny model."""
+    engine = engine_of(tiny_talker(tmp_path_factory.mktemp("shapes"), num_hidden_layers=1))
+    with served(engine) as server, httpx.Client(base_url=f"{server.url}/v1", timeout=60) as one:
         yield one
 
 
@@ -82,8 +86,8 @@ def judge(data_dir: Path) -> Judge:
     return Judge(data_dir)
 
 
-def ask(server: Served, path: str, **body: Any) -> httpx.Response:
-    return httpx.post(f"{server.url}/v1/{path}", json={"model": MODEL, **body}, timeout=60)
+def ask(client: httpx.Client, path: str, **body: Any) -> httpx.Response:
+    return client.post(path, json={"model": MODEL, **body})
 
 
 def events(answer: httpx.Response) -> list[dict[str, Any]]:
@@ -99,11 +103,11 @@ def events(answer: httpx.Response) -> list[dict[str, Any]]:
 
 
 @pytest.mark.parametrize("how", CHATS)
-def test_chats(server: Served, judge: Judge, how: str) -> None:
+def test_chats(client: httpx.Client, judge: Judge, how: str) -> None:
     body = {"messages": SAID, "max_tokens": 5, **CHATS[how]}
 
-    whole = ask(server, "chat/completions", **body).json()
-    chunks = events(ask(server, "chat/completions", **body, **WITH_USAGE))
+    whole = ask(client, "chat/completions", **body).json()
+    chunks = events(ask(client, "chat/completions", **body, **WITH_USAGE))
 
     assert judge.errors("CreateChatCompletionResponse", whole) == []
     assert len(whole["choices"]) == body.get("n", 1)
@@ -127,11 +131,11 @@ def streamed(judge: Judge) -> Judge:
 
 
 @pytest.mark.parametrize("how", TEXTS)
-def test_completions(server: Served, judge: Judge, how: str) -> None:
+def test_completions(client: httpx.Client, judge: Judge, how: str) -> None:
     body = {"prompt": "a", "max_tokens": 5, **TEXTS[how]}
 
-    whole = ask(server, "completions", **body).json()
-    chunks = events(ask(server, "completions", **body, **WITH_USAGE))
+    whole = ask(client, "completions", **body).json()
+    chunks = events(ask(client, "completions", **body, **WITH_USAGE))
 
     assert judge.errors("CreateCompletionResponse", whole) == []
     relaxed = streamed(judge)
@@ -142,11 +146,11 @@ def test_completions(server: Served, judge: Judge, how: str) -> None:
 
 
 @pytest.mark.parametrize("how", RESPONSES)
-def test_responses(server: Served, judge: Judge, how: str) -> None:
+def test_responses(client: httpx.Client, judge: Judge, how: str) -> None:
     body = {"input": "hi", "max_output_tokens": 16, **RESPONSES[how]}
 
-    whole = ask(server, "responses", **body).json()
-    told = events(ask(server, "responses", **body, stream=True))
+    whole = ask(client, "responses", **body).json()
+    told = events(ask(client, "responses", **body, stream=True))
 
     assert judge.errors("Response", whole) == []
     for event in told:
@@ -156,24 +160,24 @@ def test_responses(server: Served, judge: Judge, how: str) -> None:
     assert told[-1]["response"]["usage"]["input_tokens"] == whole["usage"]["input_tokens"]
 
 
-def test_embeddings_and_models(server: Served, judge: Judge) -> None:
+def test_embeddings_and_models(client: httpx.Client, judge: Judge) -> None:
     for more in ({}, {"input": ["a", "b"]}, {"encoding_format": "base64"}):
-        found = ask(server, "embeddings", **{"input": "a", **more}).json()
+        found = ask(client, "embeddings", **{"input": "a", **more}).json()
         if more.get("encoding_format") == "base64":
             found["data"][0]["embedding"] = []  # its document knows numbers only
         assert judge.errors("CreateEmbeddingResponse", found) == []
 
-    listed = httpx.get(f"{server.url}/v1/models").json()
+    listed = client.get("models").json()
     assert judge.errors("ListModelsResponse", listed) == []
-    one = httpx.get(f"{server.url}/v1/models/{MODEL}").json()
+    one = client.get(f"models/{MODEL}").json()
     assert judge.errors("Model", one) == []
     assert one == listed["data"][0]
 
 
-def test_refusals(server: Served, judge: Judge) -> None:
+def test_refusals(client: httpx.Client, judge: Judge) -> None:
     """Its document has the error's shape under the name of the events' errors."""
     for body in ({}, {"messages": []}, {"messages": SAID, "foo": 1}, {"messages": SAID, "n": 0}):
-        answer = ask(server, "chat/completions", **body)
+        answer = ask(client, "chat/completions", **body)
         error = {"type": "error", "sequence_number": 0, **answer.json()["error"]}
 
         assert answer.status_code == 400
@@ -181,9 +185,9 @@ def test_refusals(server: Served, judge: Judge) -> None:
         assert set(answer.json()) == {"error"}
 
 
-def test_the_judge_sees_what_is_broken(server: Served, judge: Judge) -> None:
+def test_the_judge_sees_what_is_broken(client: httpx.Client, judge: Judge) -> None:
     """The control: each change of a valid answer is one that it refuses."""
-    whole = ask(server, "chat/completions", messages=SAID, max_tokens=2).json()
+    whole = ask(client, "chat/completions", messages=SAID, max_tokens=2).json()
     broken = [
         {**whole, "object": "chat"},
         {**whole, "choices": [{**whole["choices"][0], "finish_reason": "done"}]},
@@ -195,7 +199,7 @@ def test_the_judge_sees_what_is_broken(server: Served, judge: Judge) -> None:
     assert judge.errors("CreateChatCompletionResponse", whole) == []
     for one in broken:
         assert judge.errors("CreateChatCompletionResponse", one) != []
-    told = events(ask(server, "responses", input="hi", max_output_tokens=2, stream=True))
+    told = events(ask(client, "responses", input="hi", max_output_tokens=2, stream=True))
     for event in told:
         assert judge.errors("ResponseStreamEvent", {**event, "sequence_number": "1"}) != []
         assert judge.errors("ResponseStreamEvent", {**event, "type": "response.other"}) != []
@@ -207,16 +211,18 @@ ASKED = {
     "CreateChatCompletionRequest": (
         ChatAsked,
         "chat/completions",
-        {"messages": SAID, "max_tokens": 2},
+        {"messages": SAID, "max_tokens": 1},
     ),
-    "CreateCompletionRequest": (CompletionAsked, "completions", {"prompt": "a", "max_tokens": 2}),
-    "CreateResponse": (ResponsesAsked, "responses", {"input": "a", "max_output_tokens": 2}),
+    "CreateCompletionRequest": (CompletionAsked, "completions", {"prompt": "a", "max_tokens": 1}),
+    "CreateResponse": (ResponsesAsked, "responses", {"input": "a", "max_output_tokens": 1}),
     "CreateEmbeddingRequest": (EmbeddingsAsked, "embeddings", {"input": "a"}),
 }
 
 
 @pytest.mark.parametrize("name", ASKED)
-def test_each_property_is_taken_or_refused_by_name(server: Served, judge: Judge, name: str) -> None:
+def test_each_property_is_taken_or_refused_by_name(
+    client: httpx.Client, judge: Judge, name: str
+) -> None:
     """Several values of each, all of them valid by OpenAI's document."""
     _, path, body = ASKED[name]
     taken, refused = set(), set()
@@ -224,7 +230,7 @@ def test_each_property_is_taken_or_refused_by_name(server: Served, judge: Judge,
         values = judge.values(schema)
         assert values, parameter
         for value in values:
-            answer = ask(server, path, **{**body, parameter: value})
+            answer = ask(client, path, **{**body, parameter: value})
 
             assert answer.status_code in (200, 400, 404), (parameter, value, answer.text)
             if answer.status_code == 200:
@@ -257,30 +263,30 @@ def test_every_property_of_openai_is_known(judge: Judge, name: str) -> None:
     assert set(judge.properties(name)) - set(shape.model_fields) == set()
 
 
-def test_a_property_that_nobody_knows_is_refused_by_its_name(server: Served) -> None:
+def test_a_property_that_nobody_knows_is_refused_by_its_name(client: httpx.Client) -> None:
     """The control: were unknown parameters ignored, the tests above would say nothing."""
     for _, path, body in ASKED.values():
-        answer = ask(server, path, **body, no_such_parameter=1)
+        answer = ask(client, path, **body, no_such_parameter=1)
 
         assert answer.status_code == 400
         assert answer.json()["error"]["param"] == "no_such_parameter"
         assert answer.json()["error"]["code"] == "unknown_parameter"
 
 
-def test_messages_of_each_kind(server: Served, judge: Judge) -> None:
+def test_messages_of_each_kind(client: httpx.Client, judge: Judge) -> None:
     """Every kind of message that the document has, with text or with what we cannot read."""
     kinds = judge.schemas["ChatCompletionRequestMessage"]["oneOf"]
     assert len(kinds) >= 5
     for kind in kinds:
         for value in judge.values(kind):
-            answer = ask(server, "chat/completions", messages=[value], max_tokens=2)
+            answer = ask(client, "chat/completions", messages=[value], max_tokens=1)
 
             assert answer.status_code in (200, 400), answer.text
             if answer.status_code == 400:
                 assert answer.json()["error"]["param"].startswith("messages"), answer.text
 
 
-def test_items_of_each_kind(server: Served, judge: Judge) -> None:
+def test_items_of_each_kind(client: httpx.Client, judge: Judge) -> None:
     """Every kind of item of a response's input is read, or refused by its place."""
     values = [
         value
@@ -289,7 +295,7 @@ def test_items_of_each_kind(server: Served, judge: Judge) -> None:
     ]
     assert len(values) > 20
     for value in values:
-        answer = ask(server, "responses", input=[value], max_output_tokens=2)
+        answer = ask(client, "responses", input=[value], max_output_tokens=1)
 
         assert answer.status_code in (200, 400), answer.text
         if answer.status_code == 400:

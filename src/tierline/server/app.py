@@ -8,7 +8,7 @@ from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import Response
-from starlette.routing import BaseRoute, Route
+from starlette.routing import BaseRoute, Match, Route
 
 from tierline.server import (
     admin,
@@ -75,13 +75,13 @@ async def _not_here(request: Request, error: Exception) -> Response:
     """Paths and methods that nobody knows: in the same shape as every refusal."""
     assert isinstance(error, HTTPException)
     if error.status_code == 405:
-        allowed = (error.headers or {}).get("Allow", "")
+        allowed = _methods(request)
         wrong = ApiError(
             405,
             "this path does not take that method",
             code="method_not_allowed",
             hint=f"use {allowed}",
-            headers=error.headers,
+            headers={"Allow": allowed},
         )
     else:
         wrong = ApiError(
@@ -91,6 +91,15 @@ async def _not_here(request: Request, error: Exception) -> Response:
             hint="see /openapi.json",
         )
     return await _refused(request, wrong)
+
+
+def _methods(request: Request) -> str:
+    """What this path takes, by all of its routes: Starlette names those of the first."""
+    found: set[str] = set()
+    for route in request.app.routes:
+        if isinstance(route, Route) and route.matches(request.scope)[0] is not Match.NONE:
+            found |= route.methods or set()
+    return ", ".join(sorted(found))
 
 
 async def models(request: Request) -> Response:

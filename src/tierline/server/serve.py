@@ -285,7 +285,8 @@ def listening(host: str, port: int) -> socket.socket:
     """A socket that is bound; raises `InputError` when that is not possible."""
     try:
         family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0][0]
-        bound = socket.socket(family)
+        # asyncio looks at the protocol before it turns Nagle's delay (40 ms an answer) off.
+        bound = socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP)
     except OSError as error:
         raise InputError(f"cannot listen on {host!r}: {error}", hint="give --host") from None
     bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
