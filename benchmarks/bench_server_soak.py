@@ -105,7 +105,11 @@ async def ask(port: int, model: str, stay_s: float, draw: random.Random, seen: S
     text = json.dumps(body).encode()
     head = f"POST {path} HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Type: application/json\r\n"
     head += f"Connection: close\r\nContent-Length: {len(text)}\r\n\r\n"
-    reader, writer = await asyncio.open_connection("127.0.0.1", port)
+    try:
+        reader, writer = await asyncio.open_connection("127.0.0.1", port)
+    except ConnectionResetError:  # it ended between taking the connection and taking us
+        seen.broken["not connected"] += 1
+        return
     data = b""
     began_s, first_s = time.perf_counter(), 0.0
     try:

@@ -23,14 +23,15 @@ from typing import Any
 import httpx
 import pytest
 
-from edge import until
+import servers
+from edge import Client, post, until
 from server_process import ServerProcess, refused, rows, serving
 from servers import engine_of, served
 from tierline.cli import main
 from tierline.server.app import application
 from tierline.server.database import FILE_NAME
 from tierline.server.running import running_of
-from tierline.server.serve import opened
+from tierline.server.serve import listening, opened
 from tierline.server.server import Settings
 from tiny_checkpoints import tiny_chat_checkpoint
 
@@ -236,6 +237,16 @@ def told_by(words: str) -> tuple[str, str]:
     return error, hint
 
 
+def refused_here(
+    capsys: pytest.CaptureFixture[str], *options: str | Path, port: int = 0
+) -> tuple[int, str]:
+    """As `refused`, in this process: most of its time is a new process's imports."""
+    status = main(["serve", f"--port={port}", *map(str, options)])
+    out, words = capsys.readouterr()
+    assert not out
+    return status, words
+
+
 @pytest.mark.parametrize("how", ["here", pytest.param("process", marks=pytest.mark.slow)])
 @pytest.mark.parametrize(
     ("broken", "said", "hint"), [s[1:] for s in STARTS], ids=[s[0] for s in STARTS]
@@ -250,13 +261,8 @@ def test_a_start_that_cannot_succeed_says_why(
     how: str,
 ) -> None:
     """INV-SRV-6: 2, what is wrong, and what to do where that is not plain from it."""
-    options = [str(option) for option in broken(tiny, tmp_path)]
-    if how == "process":
-        status, words = refused(*options)
-    else:
-        status = main(["serve", "--port=0", *options])
-        out, words = capsys.readouterr()
-        assert not out
+    options = broken(tiny, tmp_path)
+    status, words = refused(*options) if how == "process" else refused_here(capsys, *options)
     told = told_by(words)
 
     assert status == 2
@@ -277,19 +283,30 @@ serve.open_engine = loaded_late
 """
 
 
-def test_a_port_that_is_taken_is_not_shared(tiny: Path) -> None:
-    """By whoever listens there, or comes to listen while the model is being loaded."""
+def test_a_port_that_is_taken_is_not_shared(tiny: Path, capsys: pytest.CaptureFixture[str]) -> None:
     with socket.create_server(("127.0.0.1", 0)) as other:
         port = other.getsockname()[1]
-        found = [refused(tiny, f"--port={port}")]
-    found.append(refused(tiny, f"--port={port}", first=BINDS_FIRST.format(port=port)))
+        status, words = refused_here(capsys, tiny, port=port)
 
-    for status, words in found:
-        assert status == 2
-        assert f"cannot listen on port {port}" in told_by(words)[0]
-        assert "--port 0" in told_by(words)[1]
+    said_of_a_port(port, status, words)
 
 
+@pytest.mark.slow
+def test_a_port_that_is_taken_while_the_model_is_loaded_is_not_shared(tiny: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as other:
+        port = other.getsockname()[1]
+    status, words = refused(tiny, f"--port={port}", first=BINDS_FIRST.format(port=port))
+
+    said_of_a_port(port, status, words)
+
+
+def said_of_a_port(port: int, status: int, words: str) -> None:
+    assert status == 2
+    assert f"cannot listen on port {port}" in told_by(words)[0]
+    assert "--port 0" in told_by(words)[1]
+
+
+@pytest.mark.slow
 def test_a_data_folder_has_one_server(tiny: Path, tmp_path: Path) -> None:
     """The second says who has it, and the first serves on."""
     with tiny_server(tiny, tmp_path, "--data", tmp_path / "data") as server:
@@ -321,10 +338,12 @@ def disk(folder: Path, options: str) -> Iterator[Path]:
         subprocess.run(["umount", "-l", str(folder)], check=True)
 
 
-def test_a_read_only_data_folder_is_refused(tiny: Path, tmp_path: Path) -> None:
+def test_a_read_only_data_folder_is_refused(
+    tiny: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     """Permission bits do not bind root; a disk that is mounted read-only does."""
     with disk(tmp_path / "disk", "ro,size=1m") as folder:
-        found = [refused(tiny, "--data", folder / "new"), refused(tiny, "--data", folder)]
+        found = [refused_here(capsys, tiny, "--data", data) for data in (folder / "new", folder)]
 
     for status, words in found:
         assert status == 2
@@ -332,6 +351,7 @@ def test_a_read_only_data_folder_is_refused(tiny: Path, tmp_path: Path) -> None:
         assert "that you may write to" in told_by(words)[1]
 
 
+@pytest.mark.slow
 def test_a_full_disk_stops_no_answer_and_loses_no_record(tiny: Path, tmp_path: Path) -> None:
     """While there is no room it is not ready and says why; with room all is written."""
     with (
@@ -368,11 +388,13 @@ def fill(ballast: Path) -> None:
             file.write(b"x" * 4096)
 
 
-def test_a_disk_without_room_for_the_first_byte_is_refused(tiny: Path, tmp_path: Path) -> None:
+def test_a_disk_without_room_for_the_first_byte_is_refused(
+    tiny: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     with disk(tmp_path / "disk", "size=64k") as folder:
         (folder / "data").mkdir()
         fill(folder / "ballast")
-        status, words = refused(tiny, "--data", folder / "data")
+        status, words = refused_here(capsys, tiny, "--data", folder / "data")
 
     assert status == 2
     assert "cannot keep data in" in told_by(words)[0]
@@ -382,7 +404,10 @@ def test_a_disk_without_room_for_the_first_byte_is_refused(tiny: Path, tmp_path:
 # --- signals ----------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+EITHER = [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.slow)]
+
+
+@pytest.mark.parametrize("number", EITHER)
 def test_a_signal_closes_the_door_and_who_is_inside_ends(
     tiny: Path, tmp_path: Path, number: int
 ) -> None:
@@ -410,6 +435,7 @@ def test_a_signal_closes_the_door_and_who_is_inside_ends(
     assert rows(data, "SELECT ended FROM runs") == [("stopped",)]
 
 
+@pytest.mark.slow
 def test_who_is_inside_when_the_time_is_over_is_told(tiny: Path, tmp_path: Path) -> None:
     data = tmp_path / "data"
     with (
@@ -427,7 +453,7 @@ def test_who_is_inside_when_the_time_is_over_is_told(tiny: Path, tmp_path: Path)
     assert rows(data, "SELECT ended FROM runs") == [("stopped",)]
 
 
-@pytest.mark.parametrize("second", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("second", EITHER)
 def test_a_second_signal_stops_at_once(tiny: Path, tmp_path: Path, second: int) -> None:
     """Without waiting for anybody, and with everybody on record."""
     data = tmp_path / "data"
@@ -488,9 +514,12 @@ def killed_and_restarted(
     return lost
 
 
-def test_a_kill_under_load_loses_no_answered_request(tiny: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("kills", [1, pytest.param(4, marks=pytest.mark.slow)])
+def test_a_kill_under_load_loses_no_answered_request(
+    tiny: Path, tmp_path: Path, kills: int
+) -> None:
     """INV-SRV-10 and INV-SRV-11, through the whole server; the next run says it was a kill."""
-    lost = killed_and_restarted(tiny, tmp_path, kills=2)
+    lost = killed_and_restarted(tiny, tmp_path, kills=kills)
     data = tmp_path / "data"
     with tiny_server(tiny, tmp_path, "--data", data) as server:
         with clients_of(server.url) as clients:
@@ -500,11 +529,8 @@ def test_a_kill_under_load_loses_no_answered_request(tiny: Path, tmp_path: Path)
 
     assert not lost
     assert (answer.status_code, status) == (200, 0)
-    assert rows(data, "SELECT ended FROM runs ORDER BY number") == [
-        ("killed",),
-        ("killed",),
-        ("stopped",),
-    ]
+    ended = [("killed",)] * kills + [("stopped",)]
+    assert rows(data, "SELECT ended FROM runs ORDER BY number") == ended
     assert rows(data, f"SELECT {sums} days") == rows(data, f"SELECT {sums} runs")
     assert rows(data, f"SELECT {sums} days") == rows(
         data,
@@ -513,6 +539,7 @@ def test_a_kill_under_load_loses_no_answered_request(tiny: Path, tmp_path: Path)
     assert rows(data, "PRAGMA integrity_check") == [("ok",)]
 
 
+@pytest.mark.slow
 def test_answering_before_the_record_would_be_seen(tiny: Path, tmp_path: Path) -> None:
     """Negative control: records that are acknowledged 50 ms before they are written."""
     assert killed_and_restarted(tiny, tmp_path, kills=2, first=HASTY)
@@ -523,13 +550,17 @@ def test_answering_before_the_record_would_be_seen(tiny: Path, tmp_path: Path) -
 
 BROKEN = """
 from tierline.engine.engine import Engine
-step, steps = Engine.step, []
+add, step, asked, steps = Engine.add, Engine.step, [], []
+def counted(self, *given, **named):
+    asked.append(1)
+    return add(self, *given, **named)
 def failing(self):
-    steps.append(1)
-    if len(steps) > 60:
+    if len(asked) >= 5:
+        steps.append(1)
+    if len(steps) > 30:
         raise RuntimeError("the words of a prompt")
     return step(self)
-Engine.step = failing
+Engine.add, Engine.step = counted, failing
 """
 
 
@@ -556,30 +587,36 @@ def test_an_engine_that_dies_is_told_to_everybody(tiny: Path, tmp_path: Path) ->
     assert "words of a prompt" not in server.log.read_text() + "".join(told)
 
 
-def test_a_client_that_does_not_read_costs_itself_only(tiny: Path) -> None:
+def test_a_client_that_does_not_read_costs_itself_only(
+    tiny: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """INV-SRV-42 through the whole server: the others' answers come meanwhile, all of them."""
-    body = {"model": "tiny", "prompt": "a", "max_tokens": 2000, "ignore_eos": True}
-    body |= {"stream": True, "logprobs": 20, "n": 2}  # more than any socket's buffer holds
-    text = json.dumps(body).encode()
-    head = "POST /v1/completions HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Type: application/json"
+    body = {"model": "tiny", "prompt": "a", "max_tokens": LONG, "ignore_eos": True}
+    sent = post("/v1/completions", json.dumps(body | {"stream": True, "logprobs": 20}).encode())
+    monkeypatch.setattr(servers, "listening", narrow)
     with served(engine_of(tiny, kv_bytes=40_000_000), stalled_s=1.0) as server:
-        recorder = server.server.recorder
-        with socket.socket() as stalling:
-            stalling.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
-            stalling.connect(("127.0.0.1", int(server.url.rpartition(":")[2])))
-            stalling.sendall(f"{head}\r\nContent-Length: {len(text)}\r\n\r\n".encode() + text)
+        recorder, answered = server.server.recorder, []
+        with Client(int(server.url.rpartition(":")[2]), buffer_bytes=4096) as stalling:
+            stalling.send(sent)
             until(lambda: bool(recorder.live), "its arrival")
-            answered = []
+            (life,) = recorder.live.values()
             with httpx.Client(base_url=server.url, timeout=60) as client:
-                while not recorder.outcomes["stalled"]:
+                while not life.outcome:
                     asked = {"model": "tiny", "prompt": "b", "max_tokens": 8, "ignore_eos": True}
                     answered.append(client.post("/v1/completions", json=asked).json())
-        until(lambda: not recorder.live, "the end of it")
-        outcomes = dict(recorder.outcomes)
+        outcomes = {outcome: count for outcome, count in recorder.outcomes.items() if count}
 
     assert len(answered) > 5
     assert {a["usage"]["completion_tokens"] for a in answered} == {8}
-    assert (outcomes["stalled"], outcomes["length"]) == (1, len(answered))
+    assert outcomes == {"stalled": 1, "length": len(answered)}
+    assert life.output_tokens < LONG
+
+
+def narrow(host: str, port: int) -> socket.socket:
+    """A socket whose connections take little that nobody reads."""
+    bound = listening(host, port)
+    bound.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4096)
+    return bound
 
 
 def test_clocks_that_jump_break_no_record(tiny: Path, tmp_path: Path) -> None:
