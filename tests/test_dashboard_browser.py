@@ -261,6 +261,21 @@ def test_a_hidden_tab_lets_its_connection_go(browser, server):
 # Plan
 
 
+def test_the_whole_plan_page_follows_what_is_measured(browser, server):
+    changed = "([where, was]) => document.querySelector(where).innerText !== was"
+    with opened(browser, f"{server.url}/dashboard/plan") as page:
+        is_live(page)
+        places = ("#rows", "#curve figcaption")
+        before = [page.locator(place).inner_text() for place in places]
+        for _ in range(20):
+            complete(server.url)
+        for place, was in zip(places, before, strict=True):
+            page.wait_for_function(changed, arg=[place, was])
+
+        assert [page.locator(place).count() for place in ("#said", "#curve")] == [1, 1]
+        assert page.said == []
+
+
 def test_what_if_answers_in_the_page(browser, server):
     with opened(browser, f"{server.url}/dashboard/plan") as page:
         is_live(page)
