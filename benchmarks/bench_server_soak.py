@@ -7,7 +7,8 @@ Wanted     every request that was taken in has one recorded outcome and no more;
            answer to its end is on record as served; no KV block is held at the end; nothing but
            ordinary events in the log; memory that does not grow (its slope over the second half).
 Method     `tierline serve demo` is one process, the clients another, memory is read from /proc
-           every second.  The KV cache is small, so that all of it has been touched before the
+           every second, and how long /health takes then: it waits for nothing but the event
+           loop.  The KV cache is small, so that all of it has been touched before the
            second half begins.  Latencies are the clients' own: with 500 of them before one CPU,
            nearly all of it is waiting.  Exit status 1 when something is not as wanted.
 """
@@ -205,12 +206,25 @@ def quantiles(values: list[float]) -> dict[str, float]:
 # --- what came of it ------------------------------------------------------------------------
 
 
-def memory(process: "subprocess.Popen[bytes]", server: ServerProcess) -> list[tuple[float, float]]:
-    """Seconds and bytes, one a second for as long as the clients are there."""
-    start_s = time.monotonic()
-    found = []
+@dataclass
+class Watched:
+    """The server as it is seen from outside, once a second for as long as the clients are there."""
+
+    memory: list[tuple[float, float]] = field(default_factory=list)  # seconds, bytes
+    health_s: list[float] = field(default_factory=list)
+
+    def look(self, server: ServerProcess, at_s: float) -> None:
+        asked_s = time.perf_counter()
+        with urllib.request.urlopen(f"{server.url}/health", timeout=60) as answer:
+            answer.read()
+        self.health_s.append(time.perf_counter() - asked_s)
+        self.memory.append((at_s, float(server.rss_bytes)))
+
+
+def watched(process: "subprocess.Popen[bytes]", server: ServerProcess) -> Watched:
+    start_s, found = time.monotonic(), Watched()
     while process.poll() is None:
-        found.append((time.monotonic() - start_s, float(server.rss_bytes)))
+        found.look(server, time.monotonic() - start_s)
         time.sleep(1)
     return found
 
@@ -260,6 +274,8 @@ def wrong(seen: dict[str, Any], told: dict[str, Any]) -> list[str]:
         found.append(f"{accepted} outcomes of {seen['sent']} sent")
     if seen["broken"]:
         found.append(f"clients saw {seen['broken']}")
+    if told["never_ended"]:
+        found.append(f"{told['never_ended']} never ended")
     if told["blocks_held"] or told["running"]:
         found.append(f"{told['blocks_held']} blocks held, {told['running']} requests running")
     if told["troubles"]:
@@ -290,6 +306,12 @@ def told_by(server: ServerProcess, folder: Path) -> dict[str, Any]:
     }
 
 
+def never_ended(server: ServerProcess) -> int:
+    """Lives that were still there when a server that nobody asked any more was told to end."""
+    (draining,) = [event for event in server.events() if event["message"] == "draining"]
+    return int(draining["requests"])
+
+
 def soak(count: int, seconds: float, seed: int, folder: Path) -> dict[str, Any]:
     """The figures, and under `wrong` what is not as wanted."""
     data = folder / "data"
@@ -300,10 +322,12 @@ def soak(count: int, seconds: float, seed: int, folder: Path) -> dict[str, Any]:
         report = folder / "seen.json"  # not a pipe: nobody reads while memory is watched
         before_bytes = server.rss_bytes
         with report.open("wb") as out, subprocess.Popen(command, stdout=out) as process:
-            samples = memory(process, server)
+            seen_from_outside = watched(process, server)
         seen = json.loads(report.read_bytes())
         told = told_by(server, data)
         status = server.end()
+        told["never_ended"] = never_ended(server)
+    samples = seen_from_outside.memory
     loaded = [sample for sample in samples if sample[0] <= seconds]
     grows, error = slope(loaded[len(loaded) // 2 :])
     failures = wrong(seen, told)
@@ -323,6 +347,7 @@ def soak(count: int, seconds: float, seed: int, folder: Path) -> dict[str, Any]:
         "tokens_per_s": round(seen["tokens"] / samples[-1][0], 1),
         "first_s": seen["first_s"],
         "total_s": seen["total_s"],
+        "health_s": quantiles(seen_from_outside.health_s),
         "rss_mb": [round(b / 1e6, 1) for b in (before_bytes, loaded[-1][1], samples[-1][1])],
         "slope_mb_per_min": round(grows, 3),
         "slope_error_mb_per_min": round(error, 3),
