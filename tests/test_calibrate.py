@@ -17,7 +17,7 @@ from tierline.catalog.gpus import gpu_names, load_gpu, own_files, own_folder, pa
 from tierline.catalog.models import load_model, model_from_config
 from tierline.engine import calibrate as module
 from tierline.engine import machine
-from tierline.engine.calibrate import Figure, figure, fit, predicted, sample, to_toml
+from tierline.engine.calibrate import Calibration, Figure, figure, fit, predicted, sample, to_toml
 from tierline.engine.calibrate import entry as make_entry
 from tierline.engine.probes import CPU_SIZES, Probe, Sizes, Step, llama
 from tierline.perf.step import Layout, StepCost, load_rates
@@ -228,6 +228,19 @@ def test_one_disturbed_step_does_not_move_the_others() -> None:
 
     assert ratios[2] > 0.85
     assert ratios[-3] < 1.25
+
+
+@pytest.mark.parametrize(("spread", "busy"), [(0.05, False), (1.2, True)])
+def test_who_measures_beside_others_is_told(spread: float, busy: bool) -> None:
+    figures = {str(i): Figure(seconds=1.0, spread=spread, samples=9) for i in range(5)}
+    figures["0"] = replace(figures["0"], spread=1.25 - spread)  # one alone says nothing
+    gpu = make_entry(*planted(), **FACTS)[0]
+    found = Calibration(
+        gpu=gpu, figures=figures, works={}, compared=(), kernels="torch", seconds=60.0
+    )
+
+    assert found.busy is found.as_dict()["busy"] is busy
+    assert ("others computed here" in str(found)) is busy
 
 
 def planted(step_factor: float = 1.0) -> tuple[list[Probe], dict[str, Figure]]:

@@ -68,6 +68,7 @@ FIT_STEPS = 40
 DISK_FREE_SHARE = 0.5  # of a disk's free room, that a tier may take
 MEMORY_BYTES = 3_000_000_000  # that the measurement itself needs
 DECODE_CACHED_TOKENS = 64
+BUSY_SPREAD = 0.5  # of the median piece; where nobody else computes it is a tenth of that
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -108,6 +109,11 @@ class Calibration:
     kernels: str
     seconds: float
 
+    @property
+    def busy(self) -> bool:
+        """Whether others computed here meanwhile: what was found is then worth little."""
+        return median(f.spread for f in self.figures.values()) > BUSY_SPREAD
+
     def as_dict(self) -> dict[str, Any]:
         """For JSON."""
         return {
@@ -115,6 +121,7 @@ class Calibration:
             "title": self.gpu.title,
             "kernels": self.kernels,
             "seconds": round(self.seconds, 1),
+            "busy": self.busy,
             "figures": {
                 name: {
                     "seconds": f.seconds,
@@ -149,6 +156,11 @@ class Calibration:
         for c in self.compared:
             times = f"{1e3 * c.measured_s:>9.2f} ms{1e3 * c.predicted_s:>9.2f} ms"
             lines.append(f"{c.step:<44}{times}{c.ratio:>7.2f}")
+        if self.busy:
+            lines += [
+                "",
+                "others computed here meanwhile: calibrate again when the machine is quiet",
+            ]
         return "\n".join(lines)
 
 
