@@ -16,17 +16,23 @@ from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
+from urllib.parse import unquote_to_bytes
 
 import pytest
+from pydantic import ValidationError
 
-from edge import Client, get, post, status, until
+from edge import Client, Edge, get, post, serving, status, until
+from tierline.server.errors import malformed
+from tierline.server.shapes import ChatAsked
 from tiny_checkpoints import tiny_checkpoint
 
 SERVE = """
 import sys, time
 from pathlib import Path
 from servers import engine_of, served
+from tierline.telemetry.logs import configure
 
+configure(sys.stderr, level="debug", log_prompts=bool({log_prompts}))
 with served(engine_of(Path(sys.argv[1])), keys=tuple(sys.argv[2:])) as one:
     print(one.url, flush=True)
     sys.stdin.read()
@@ -41,12 +47,12 @@ INSIDES = re.compile(rb"Traceback|File \"|site-packages|\.py\b|uvicorn|starlette
 class Victim:
     """The server's process, and one honest client that streams from it all the time."""
 
-    def __init__(self, path: Path, log: Path) -> None:
+    def __init__(self, path: Path, log: Path, *, log_prompts: bool = False) -> None:
         self.log = log
         environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parent)}
         with log.open("wb") as words:
             self.process = subprocess.Popen(
-                [sys.executable, "-c", SERVE, str(path), KEY],
+                [sys.executable, "-c", SERVE.format(log_prompts=log_prompts), str(path), KEY],
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=words,
@@ -92,17 +98,22 @@ def chat(body: bytes, *headers: str) -> bytes:
 
 
 @pytest.fixture(scope="module")
-def victim(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Victim]:
-    folder = tmp_path_factory.mktemp("abuse")
-    path = tiny_checkpoint("llama", folder)
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tiny_checkpoint("llama", tmp_path_factory.mktemp("model"))
     (path / "chat_template.jinja").write_text(
         "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
         "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
     )
-    started = Victim(path, folder / "log")
+    return path
+
+
+@pytest.fixture(scope="module")
+def victim(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Victim]:
+    started = Victim(model, tmp_path_factory.mktemp("abuse") / "log")
     yield started
     started.end()
     log = started.log.read_text()
+    assert log.count('"request ended"') > 20
     assert not re.search("Traceback|Error|Exception", log), log
     assert SECRET not in log
 
@@ -223,6 +234,24 @@ def test_a_wrong_body_is_the_callers_mistake(victim: Victim, body: bytes) -> Non
 @pytest.mark.parametrize(
     "extra",
     [
+        ',"user":"ÿ😀"',
+        ',"stop":["a","ÿ"]',
+        ',"chat_template_kwargs":{"a":' + "[" * 100 + "]" * 100 + "}",
+        ',"temperature":1e-3,"top_p":0.5,"seed":9,"logit_bias":{"65":1}',
+        ',"deadline_ms":60000,"priority":3',
+        ',"messages":[{"role":"user","content":"' + "long " * 50 + '"}]',
+    ],
+)
+def test_what_is_like_it_and_right_is_served(victim: Victim, extra: str) -> None:
+    """Negative control of the test above."""
+    answer = victim.ask(chat((BODY % extra).encode()))
+
+    assert status(answer) == 200, answer
+
+
+@pytest.mark.parametrize(
+    "extra",
+    [
         ',"user":"\\u0000"',
         ',"model":"tiny"',  # twice the same
         ',"stop":[' + ",".join(f'"\\u0001{i}"' for i in range(10_000)) + "]",
@@ -302,11 +331,12 @@ def quoted(name: str) -> str:
     "path",
     [
         "/../../etc/passwd",
-        "/static/../../../../etc/passwd",
-        "/static/..%2f..%2f..%2fetc%2fpasswd",
-        "/static/%2e%2e/%2e%2e/server.py",
-        "/static/%00",
-        "/static//etc/passwd",
+        "/dashboard/static/../../../../etc/passwd",
+        "/dashboard/static/..%2f..%2f..%2fetc%2fpasswd",
+        "/dashboard/static/%2e%2e/%2e%2e/server.py",
+        "/dashboard/static/../server.py",
+        "/dashboard/static/%00",
+        "/dashboard/static//etc/passwd",
         "/v1/../admin",
         "//evil.example/",
         "/%ff%fe",
@@ -320,6 +350,13 @@ def test_a_path_stays_inside(victim: Victim, path: str) -> None:
     assert 400 <= status(answer) < 500, answer[:300]
     assert b"root:" not in answer
     assert not INSIDES.search(answer.replace(b"/server.py", b""))
+
+
+def test_a_path_that_stays_inside_is_served(victim: Victim) -> None:
+    """Negative control of the test above."""
+    answer = victim.ask(get("/dashboard/static/dashboard.js", AUTHORIZED, "Connection: close"))
+
+    assert status(answer) == 200
 
 
 @pytest.mark.parametrize(
@@ -373,6 +410,29 @@ def test_an_odd_header_hurts_nobody(victim: Victim, header: str) -> None:
     assert status(answer) in (0, 200, 400, 431), answer[:300]
     assert b"set-cookie" not in head
     assert not INSIDES.search(answer)
+
+
+class Echo(Edge):
+    """An application that says in a header what it read in one."""
+
+    async def do_echo(self, scope: Any, receive: Any, send: Any) -> None:
+        told = unquote_to_bytes(dict(scope["headers"])[b"x-request-id"])
+        headers = [(b"content-length", b"0"), (b"x-request-id", told)]
+        await send({"type": "http.response.start", "status": 200, "headers": headers})
+        await send({"type": "http.response.body", "body": b""})
+
+
+@pytest.mark.parametrize(
+    ("sent", "told"), [("a", True), ("a%0d%0aSet-Cookie: a=b", False), ("a%00", False)]
+)
+def test_even_an_application_that_repeats_it_makes_no_header_of_it(sent: str, told: bool) -> None:
+    """Below ours: what has no line break is sent (the control), anything else is dropped."""
+    with serving(Echo()) as edge, Client(edge.port) as client:
+        client.send(get("/echo", f"X-Request-Id: {sent}", "Connection: close"))
+        answer = client.read().lower()
+
+    assert (b"x-request-id: a\r\n" in answer) == told
+    assert b"set-cookie" not in answer
 
 
 @pytest.mark.parametrize("method", ["GET", "PUT", "DELETE", "PATCH", "TRACE", "OPTIONS", "BREW"])
@@ -436,6 +496,19 @@ def test_no_prompt_is_in_a_refusal_or_in_metrics(victim: Victim) -> None:
     for answer in answers:
         assert answer
         assert SECRET.encode() not in answer
+
+
+def test_a_prompt_that_is_repeated_would_be_seen(model: Path, tmp_path: Path) -> None:
+    """Negative control: the log of a server that is asked for prompts, and pydantic's own words."""
+    talking = Victim(model, tmp_path / "log", log_prompts=True)
+    assert status(talking.chat(messages=said(SECRET))) == 200
+    talking.end()
+    with pytest.raises(ValidationError) as wrong:
+        ChatAsked.model_validate({"model": "tiny", "messages": SECRET})
+
+    assert SECRET in talking.log.read_text()
+    assert SECRET in str(wrong.value)
+    assert SECRET.encode() not in malformed(wrong.value).body()
 
 
 @pytest.mark.slow
