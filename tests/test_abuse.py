@@ -480,7 +480,7 @@ def test_a_pathological_grammar_costs_little(victim: Victim, wanted: dict[str, A
 
 
 def test_no_prompt_is_in_a_refusal_or_in_metrics(victim: Victim) -> None:
-    """The log is looked at when the server has ended."""
+    """INV-SRV-7; the log is looked at when the server has ended."""
     served = victim.chat(messages=said(SECRET))
     answers = [
         victim.chat(messages=said(SECRET), temperature=99),

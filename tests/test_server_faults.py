@@ -13,7 +13,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import dataclass
@@ -26,13 +26,18 @@ import pytest
 import servers
 from edge import Client, post, until
 from server_process import ServerProcess, refused, rows, serving
-from servers import engine_of, served
+from servers import Served, engine_of, served
+from tierline.base.clock import PS_PER_S
 from tierline.cli import main
+from tierline.engine.clock import SystemClock
+from tierline.engine.engine import Engine
 from tierline.server.app import application
 from tierline.server.database import FILE_NAME
+from tierline.server.life import Life
 from tierline.server.running import running_of
 from tierline.server.serve import listening, opened
 from tierline.server.server import Settings
+from tierline.server.sse import EventStream
 from tiny_checkpoints import tiny_chat_checkpoint
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "benchmarks"))
@@ -549,6 +554,7 @@ def test_answering_before_the_record_would_be_seen(tiny: Path, tmp_path: Path) -
 
 
 BROKEN = """
+from tierline.engine.clock import SystemClock
 from tierline.engine.engine import Engine
 add, step, asked, steps = Engine.add, Engine.step, [], []
 def counted(self, *given, **named):
@@ -587,29 +593,76 @@ def test_an_engine_that_dies_is_told_to_everybody(tiny: Path, tmp_path: Path) ->
     assert "words of a prompt" not in server.log.read_text() + "".join(told)
 
 
-def test_a_client_that_does_not_read_costs_itself_only(
-    tiny: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """INV-SRV-42 through the whole server: the others' answers come meanwhile, all of them."""
+@contextmanager
+def stalling(
+    tiny: Path, monkeypatch: pytest.MonkeyPatch, *, stalled_s: float
+) -> Iterator[tuple[Served, Life]]:
+    """A server, and the life of a stream whose client takes next to nothing of it."""
     body = {"model": "tiny", "prompt": "a", "max_tokens": LONG, "ignore_eos": True}
     sent = post("/v1/completions", json.dumps(body | {"stream": True, "logprobs": 20}).encode())
     monkeypatch.setattr(servers, "listening", narrow)
-    with served(engine_of(tiny, kv_bytes=40_000_000), stalled_s=1.0) as server:
-        recorder, answered = server.server.recorder, []
-        with Client(int(server.url.rpartition(":")[2]), buffer_bytes=4096) as stalling:
-            stalling.send(sent)
-            until(lambda: bool(recorder.live), "its arrival")
-            (life,) = recorder.live.values()
-            with httpx.Client(base_url=server.url, timeout=60) as client:
-                while not life.outcome:
-                    asked = {"model": "tiny", "prompt": "b", "max_tokens": 8, "ignore_eos": True}
-                    answered.append(client.post("/v1/completions", json=asked).json())
+    with (
+        served(engine_of(tiny, kv_bytes=40_000_000), stalled_s=stalled_s) as server,
+        Client(int(server.url.rpartition(":")[2]), buffer_bytes=4096) as client,
+    ):
+        client.send(sent)
+        until(lambda: bool(server.server.recorder.live), "its arrival")
+        (life,) = server.server.recorder.live.values()
+        yield server, life
+
+
+def answers_until_its_end(url: str, life: Life, *, patience_s: float) -> int:
+    """How many short answers another client gets meanwhile, one after the other."""
+    asked = {"model": "tiny", "prompt": "b", "max_tokens": 8, "ignore_eos": True}
+    answered = 0
+    with httpx.Client(base_url=url, timeout=patience_s) as client:
+        while not life.outcome:
+            answer = client.post("/v1/completions", json=asked).json()
+            assert answer["usage"]["completion_tokens"] == 8
+            answered += 1
+    return answered
+
+
+def test_a_client_that_does_not_read_costs_itself_only(
+    tiny: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """INV-SRV-4 and INV-SRV-42 through the whole server: others' answers come meanwhile."""
+    with stalling(tiny, monkeypatch, stalled_s=1.0) as (server, life):
+        answered = answers_until_its_end(server.url, life, patience_s=60)
+        recorder = server.server.recorder
         outcomes = {outcome: count for outcome, count in recorder.outcomes.items() if count}
 
-    assert len(answered) > 5
-    assert {a["usage"]["completion_tokens"] for a in answered} == {8}
-    assert outcomes == {"stalled": 1, "length": len(answered)}
+    assert answered > 5
+    assert outcomes == {"stalled": 1, "length": answered}
     assert life.output_tokens < LONG
+
+
+def test_an_engine_that_waits_for_a_reader_would_be_seen(
+    tiny: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Negative control: no step is computed while a send is under way, and nobody is cut."""
+    sending: set[EventStream] = set()
+    give, step = EventStream._give, Engine.step
+
+    async def noted(self: EventStream, message: Any) -> None:
+        sending.add(self)
+        try:
+            await give(self, message)
+        finally:
+            sending.discard(self)
+
+    def waiting(self: Engine) -> Any:
+        while sending:
+            time.sleep(0.001)
+        return step(self)
+
+    monkeypatch.setattr(EventStream, "_give", noted)
+    monkeypatch.setattr(Engine, "step", waiting)
+    with (
+        stalling(tiny, monkeypatch, stalled_s=600) as (server, life),
+        pytest.raises(httpx.ReadTimeout),
+    ):
+        answers_until_its_end(server.url, life, patience_s=2)
 
 
 def narrow(host: str, port: int) -> socket.socket:
@@ -619,31 +672,49 @@ def narrow(host: str, port: int) -> socket.socket:
     return bound
 
 
-def test_clocks_that_jump_break_no_record(tiny: Path, tmp_path: Path) -> None:
-    """A day forward in the middle of a request, then a year back: durations are the engine's."""
-    now_s = [1_700_000_000.0]
+class WallClock:
+    """What an engine must not be timed by."""
+
+    def __init__(self, now_s: list[float]) -> None:
+        self._now_s, self._real = now_s, SystemClock()
+
+    def now_ps(self) -> int:
+        """The time of day, which jumps."""
+        return int(self._now_s[0]) * PS_PER_S + self._real.now_ps()
+
+
+def served_amid_jumps(
+    tiny: Path, data: Path, jumps_s: Sequence[float], *, by_wall: bool = False
+) -> list[tuple[float, ...]]:
+    """Arrival, TTFT, end and queueing of requests, amid each of which the time of day jumps."""
+    now_s = [1.7e9]
 
     async def run() -> None:
         engine = engine_of(tiny)
-        settings = Settings(model_names=("tiny",))
-        data = tmp_path / "data"
-        async with opened(
-            engine, running_of(engine), settings, data=data, clock_s=lambda: now_s[0]
-        ) as server:
-            transport = httpx.ASGITransport(application(server))
-            async with httpx.AsyncClient(
-                transport=transport, base_url="http://127.0.0.1"
-            ) as client:
-                for jump_s in (86_400.0, -365 * 86_400.0, 0.0):
-                    body = {"model": "tiny", "prompt": "a", "max_tokens": 40, "ignore_eos": True}
-                    asked = asyncio.create_task(client.post("/v1/completions", json=body))
-                    while not server.recorder.live:
-                        await asyncio.sleep(0)
-                    now_s[0] += jump_s
-                    assert (await asked).status_code == 200
+        if by_wall:
+            engine.clock = WallClock(now_s)
+        settings, running = Settings(model_names=("tiny",)), running_of(engine)
+        async with (
+            opened(engine, running, settings, data=data, clock_s=lambda: now_s[0]) as server,
+            httpx.AsyncClient(
+                transport=httpx.ASGITransport(application(server)), base_url="http://127.0.0.1"
+            ) as client,
+        ):
+            for jump_s in jumps_s:
+                body = {"model": "tiny", "prompt": "a", "max_tokens": 40, "ignore_eos": True}
+                asked = asyncio.create_task(client.post("/v1/completions", json=body))
+                while not server.recorder.live:
+                    await asyncio.sleep(0)
+                now_s[0] += jump_s
+                assert (await asked).status_code == 200
 
     asyncio.run(run())
-    found = rows(tmp_path / "data", "SELECT arrived_s, ttft_s, e2e_s, queue_s FROM usage")
+    return rows(data, "SELECT arrived_s, ttft_s, e2e_s, queue_s FROM usage")
+
+
+def test_clocks_that_jump_break_no_record(tiny: Path, tmp_path: Path) -> None:
+    """A day forward in the middle of a request, then a year back: durations are the engine's."""
+    found = served_amid_jumps(tiny, tmp_path / "data", [86_400.0, -365 * 86_400.0, 0.0])
     days = rows(tmp_path / "data", "SELECT day, requests FROM days ORDER BY day")
     ((started_s, seen_s, ended_s),) = rows(
         tmp_path / "data", "SELECT started_s, seen_s, ended_s FROM runs"
@@ -654,3 +725,10 @@ def test_clocks_that_jump_break_no_record(tiny: Path, tmp_path: Path) -> None:
     assert days == [("2022-11-15", 1), ("2023-11-14", 1), ("2023-11-15", 1)]
     assert started_s <= ended_s
     assert started_s <= seen_s
+
+
+def test_durations_by_the_time_of_day_would_be_seen(tiny: Path, tmp_path: Path) -> None:
+    """Negative control of the test above: an engine whose clock jumps, too."""
+    ((_, _, e2e_s, _),) = served_amid_jumps(tiny, tmp_path / "data", [86_400.0], by_wall=True)
+
+    assert e2e_s >= 86_400
