@@ -1,9 +1,10 @@
 """An engine on a thread of its own, for an event loop: what a server holds.
 
 The engine thread computes steps for as long as anybody waits and sleeps otherwise.  Requests
-and cancellations go to it through one queue, between steps; what a step added goes back to
-the loop in one call.  The thread never waits for a reader: a stream that nobody reads only
-fills its own queue, which is bounded by its request's tokens.
+and cancellations go to it through one queue, between steps; what a step added, and who was let
+in before the next, goes back to the loop in one call, since each call wakes it.  The thread never
+waits for a reader: a stream that nobody reads only fills its own list, which is bounded by its
+request's tokens.
 
 When the thread ends, by `stop` or by a bug, everybody who waits is told, and whoever comes later.
 
@@ -25,6 +26,7 @@ from tierline.engine.observation import StepSample
 from tierline.engine.sampling import SamplingParams
 
 Command = Callable[[], None]
+Call = tuple[Callable[..., None], tuple[Any, ...]]
 Named = Callable[[int, Sequence[int]], None]
 T = TypeVar("T")
 
@@ -32,12 +34,13 @@ T = TypeVar("T")
 class Stream:
     """The deltas of one request, as they come."""
 
-    __slots__ = ("_coming", "_engine", "_left", "_queue", "request_id")
+    __slots__ = ("_arrived", "_came", "_coming", "_engine", "_left", "request_id")
 
     def __init__(self, engine: "AsyncEngine", request_id: int, answers: int) -> None:
         self._engine, self.request_id = engine, request_id
         self._coming = self._left = answers  # that have not ended: as told, and as read
-        self._queue: asyncio.Queue[Delta | BaseException] = asyncio.Queue()
+        self._arrived: list[Delta | BaseException] = []  # and not read
+        self._came = asyncio.Event()
 
     async def __aiter__(self) -> AsyncIterator[Delta]:
         """Until every answer has ended; whoever leaves early cancels the rest."""
@@ -50,14 +53,19 @@ class Stream:
 
     async def some(self) -> list[Delta]:
         """All that has come and was not read, one delta at least; none once all have ended."""
+        if not self._left:
+            return []
+        while not self._arrived:
+            self._came.clear()
+            await self._came.wait()
         deltas: list[Delta] = []
-        while self._left and (not deltas or not self._queue.empty()):
-            delta = await self._queue.get()
+        for delta in self._arrived:
             if isinstance(delta, BaseException):
                 self._left = 0
                 raise delta
             self._left -= delta.finish_reason is not None
             deltas.append(delta)
+        self._arrived = []
         return deltas
 
     def close(self) -> None:
@@ -68,7 +76,8 @@ class Stream:
 
     def push(self, delta: Delta | BaseException) -> bool:
         """To be called on the event loop; True: nothing more will come."""
-        self._queue.put_nowait(delta)
+        self._arrived.append(delta)
+        self._came.set()
         self._coming -= isinstance(delta, BaseException) or delta.finish_reason is not None
         return not self._coming
 
@@ -86,6 +95,7 @@ class AsyncEngine:
         if watcher is not None:
             engine.watch(self._watched)
         self._inbox: SimpleQueue[Command] = SimpleQueue()
+        self._outbox: list[Call] = []  # for the loop; the thread's own
         self._streams: dict[int, Stream] = {}  # touched on the loop only, as the next two are
         self._entering: set[asyncio.Future[Any]] = set()
         self._ended: BaseException | None = None  # why nobody is served any more
@@ -171,17 +181,21 @@ class AsyncEngine:
                     self._deliver(deltas)
         except BaseException as error:  # our bug: nobody may wait for ever because of it
             self._call(self._end, error)
+        self._send()
 
     def _obey(self) -> None:
         """Everything that was asked for since the last step; waits while there is nothing to do."""
         waits = self.engine.idle
         while not self._stopping:
+            if waits:
+                self._send()
             try:
                 command = self._inbox.get(block=waits)
             except Empty:
-                return
+                break
             command()
             waits = self.engine.idle
+        self._send()
 
     def _enter(
         self,
@@ -220,13 +234,24 @@ class AsyncEngine:
         self._call(self._spread, deltas, sample)
 
     def _call(self, function: Callable[..., None], *arguments: Any) -> None:
+        """To be called on the loop, with the next `_send`."""
+        self._outbox.append((function, arguments))
+
+    def _send(self) -> None:
         assert self._loop is not None
+        calls, self._outbox = self._outbox, []
+        if not calls:
+            return
         try:
-            self._loop.call_soon_threadsafe(function, *arguments)
+            self._loop.call_soon_threadsafe(self._receive, calls)
         except RuntimeError:  # the loop was closed without a stop: nobody is left
             self._stopping = True
 
     # --- on the event loop ------------------------------------------------------------------
+
+    def _receive(self, calls: Sequence[Call]) -> None:
+        for function, arguments in calls:
+            function(*arguments)
 
     def _entered(
         self,

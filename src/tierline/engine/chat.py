@@ -112,7 +112,7 @@ def _checked(messages: Sequence[Message]) -> Sequence[Message]:
 def _plain(value: Mapping[str, Any]) -> dict[str, Any]:
     """A copy of nothing but JSON values: no object with methods gets into the sandbox."""
     try:
-        copied: dict[str, Any] = json.loads(json.dumps(value, default=_fields))
+        copied: dict[str, Any] = json.loads(_JSON.encode(value))
     except (TypeError, ValueError, RecursionError) as error:
         raise RequestError(f"messages and tools must be JSON values: {error}") from None
     return copied
@@ -122,6 +122,9 @@ def _fields(value: Any) -> dict[str, Any]:
     if isinstance(value, Mapping):
         return dict(value)
     raise TypeError(f"{type(value).__name__} is not one")
+
+
+_JSON = json.JSONEncoder(default=_fields)
 
 
 def _clock(now: datetime | None) -> datetime:
@@ -285,10 +288,12 @@ def _raise_exception(message: Any) -> NoReturn:
 @lru_cache(maxsize=64)
 def _compiled(template: str) -> Template:
     try:
-        return _Sandbox().from_string(template)
+        compiled = _Sandbox().from_string(template)
     except TemplateSyntaxError as error:
         raise SpecError(
             f"the chat template is wrong in line {error.lineno}: {error.message}"
         ) from None
     except (TemplateError, RecursionError, MemoryError) as error:
         raise SpecError(f"the chat template is wrong: {error or 'nested too deeply'}") from None
+    compiled.globals = dict(compiled.globals)  # a chain of mappings is slow to copy
+    return compiled

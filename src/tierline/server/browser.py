@@ -12,6 +12,7 @@ Invariants
 """
 
 from collections.abc import Awaitable, Callable, MutableMapping
+from functools import lru_cache
 from ipaddress import ip_address
 from typing import Any
 from urllib.parse import urlsplit
@@ -121,6 +122,7 @@ class BrowserGuard:
         return None
 
 
+@lru_cache(maxsize=256)
 def _authority(text: str, scheme: str = "http") -> tuple[str, int | None]:
     """Name and port of a Host header, or of what follows the scheme in an Origin."""
     try:

@@ -27,6 +27,7 @@ Message = MutableMapping[str, Any]
 Receive = Callable[[], Awaitable[Message]]
 Send = Callable[[Message], Awaitable[None]]
 
+WATCHED_FROM_S = 0.05
 PING = b": ping\n\n"  # a comment: clients skip it, proxies see traffic
 EVENT_HEADERS = (
     (b"content-type", b"text/event-stream; charset=utf-8"),
@@ -46,18 +47,23 @@ class Stalled(ClientGone):
 class ClientWatch:
     """A block that ends by `ClientGone` as soon as the client leaves.
 
-    To be entered after the body has been read: from then on it alone calls `receive`.
+    To be entered after the body has been read: from then on it alone calls `receive`.  A client
+    that leaves at once is noticed after `WATCHED_FROM_S`, as most answers that take no longer
+    need no task that waits beside them.
     """
 
     def __init__(self, receive: Receive) -> None:
         self._receive = receive
-        self._scope = asyncio.timeout(None)
-        self._why: ClientGone = ClientGone()
+        self._loop = asyncio.get_running_loop()
+        self._why: ClientGone | None = None  # the block is being left
+        self._begin: asyncio.TimerHandle | None = None
         self._watcher: asyncio.Task[None] | None = None
 
     async def __aenter__(self) -> Self:
-        await self._scope.__aenter__()
-        self._watcher = asyncio.get_running_loop().create_task(self._wait())
+        task = asyncio.current_task()
+        assert task is not None
+        self._task, self._cancelling = task, task.cancelling()
+        self._begin = self._loop.call_later(WATCHED_FROM_S, self._watch)
         return self
 
     async def __aexit__(
@@ -67,21 +73,27 @@ class ClientWatch:
         trace: TracebackType | None,
     ) -> None:
         self.end()
-        try:
-            await self._scope.__aexit__(kind, error, trace)
-        except TimeoutError:
+        if self._why is None:
+            return
+        cancels = self._task.uncancel()  # ours is answered; somebody else's goes on
+        if kind is asyncio.CancelledError and cancels <= self._cancelling:
             raise self._why from None
 
     def end(self) -> None:
         """Stop watching: the answer is complete."""
-        assert self._watcher is not None
-        self._watcher.cancel()
+        assert self._begin is not None
+        self._begin.cancel()
+        if self._watcher is not None:
+            self._watcher.cancel()
 
     def interrupt(self, why: ClientGone) -> None:
         """Leave the block by `why`, from wherever it waits."""
-        if not self._scope.expired():
+        if self._why is None:
             self._why = why
-            self._scope.reschedule(0)
+            self._task.cancel()
+
+    def _watch(self) -> None:
+        self._watcher = self._loop.create_task(self._wait())
 
     async def _wait(self) -> None:
         while (await self._receive())["type"] != "http.disconnect":
