@@ -214,10 +214,10 @@ def test_parallel_calls_come_where_they_are_allowed(client: openai.OpenAI) -> No
             tools=TOOLS,
             tool_choice="required",
             parallel_tool_calls=parallel,
-            n=4,
+            n=2,
             seed=3,
-            max_tokens=200,
-            logit_bias={"257": -5},  # rather another call than the end
+            max_tokens=400,
+            logit_bias={"257": -100},  # rather another call than the end
         )
         calls = [require_calls(choice.message.tool_calls) for choice in answer.choices]
         counts[parallel] = {len(names) for names in calls}
