@@ -36,7 +36,7 @@ CLIENTS, SECONDS, LEAVING = 500, 600.0, 0.2
 TOKENS_MAX = 24  # of an answer: many of them end
 KV_BYTES = "150MB"  # 6,500 tokens
 SLOPE_MAX_MB_PER_MIN = 1.0
-PATIENCE_S = 240.0  # for an answer; beyond it, something hangs
+PATIENCE_S = 600.0  # once nothing new is asked for; beyond it, something hangs
 CLASSES = ("interactive", "standard", "standard", "batch")
 WORDS = [
     "the",
@@ -98,11 +98,16 @@ def body_of(draw: random.Random, model: str) -> tuple[str, dict[str, Any]]:
     return "/v1/chat/completions", body | {"messages": [{"role": "user", "content": text}]}
 
 
-async def ask(port: int, model: str, stay_s: float, draw: random.Random, seen: Seen) -> None:
-    """One request on a connection of its own, read to its end or left before it."""
+async def ask(
+    port: int, model: str, stay_s: float, until_s: float, draw: random.Random, seen: Seen
+) -> None:
+    """One request on a connection of its own, read to its end or left before it.
+
+    Late work has two percent of an overloaded server: who stays waits until the load is over.
+    """
     path, body = body_of(draw, model)
     leaves = draw.random() < LEAVING
-    patience_s = draw.uniform(0.0, stay_s) if leaves else PATIENCE_S
+    end_s = time.perf_counter() + draw.uniform(0.0, stay_s) if leaves else until_s + PATIENCE_S
     text = json.dumps(body).encode()
     head = f"POST {path} HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Type: application/json\r\n"
     head += f"Connection: close\r\nContent-Length: {len(text)}\r\n\r\n"
@@ -116,7 +121,7 @@ async def ask(port: int, model: str, stay_s: float, draw: random.Random, seen: S
     try:
         writer.write(head.encode() + text)
         seen.sent += 1
-        async with asyncio.timeout(patience_s):
+        async with asyncio.timeout(end_s - time.perf_counter()):
             while part := await reader.read(1 << 16):
                 first_s = first_s or time.perf_counter()
                 data += part
@@ -179,7 +184,7 @@ async def clients(
         await asyncio.sleep(draw.uniform(0, stay_s / 20))
         with suppress(ConnectionRefusedError):
             while time.perf_counter() < until_s:
-                await ask(port, model, stay_s, draw, seen)
+                await ask(port, model, stay_s, until_s, draw, seen)
 
     await asyncio.gather(*map(client, range(count)))
     return {

@@ -580,16 +580,19 @@ def test_an_engine_that_dies_is_told_to_everybody(tiny: Path, tmp_path: Path) ->
         inside = [clients.stream(LONG) for _ in range(5)]
         clients.settle()
         health, late = clients.http.get("/health"), clients.ask()
+        ready = clients.http.get("/ready")
         status = server.end()
     errors = [event for event in server.events() if event["level"] == "error"]
 
     assert all(stream.done and not stream.cut for stream in inside)
     assert [error["code"] for stream in inside for error in stream.errors] == ["unavailable"] * 5
     assert (health.status_code, health.json()["status"]) == (503, "failed")
-    assert (late.status_code, status) == (503, 0)
+    assert (late.status_code, ready.status_code, status) == (503, 503, 0)
     assert rows(data, "SELECT outcome FROM usage WHERE outcome != 'refused'") == [("error",)] * 5
     assert [event["exception"] for event in errors] == ["builtins.RuntimeError"]
-    told = [error["message"] for stream in inside for error in stream.errors] + [late.text]
+    told = [error["message"] for stream in inside for error in stream.errors]
+    told += [late.text, health.text, ready.text]
+    assert all("RuntimeError" in text for text in told)
     assert "words of a prompt" not in server.log.read_text() + "".join(told)
 
 

@@ -163,8 +163,13 @@ class AsyncEngine:
 
     @property
     def failed(self) -> str:
-        """Why nobody is served any more; "" while the engine is well."""
-        return "" if self._ended is None else str(_told(self._ended))
+        """Why nobody is served any more, without what an error says: that may be words of a prompt.
+
+        "" while the engine is well.
+        """
+        if self._ended is None or isinstance(self._ended, DependencyError):
+            return str(self._ended or "")
+        return f"the engine has failed: {type(self._ended).__name__}"
 
     def cancel(self, request_id: int) -> None:
         """Nobody wants the answers any more; who reads them sees them end."""
