@@ -2,9 +2,9 @@
 
 The engine thread computes steps for as long as anybody waits and sleeps otherwise.  Requests
 and cancellations go to it through one queue, between steps; what a step added, and who was let
-in before the next, goes back to the loop in one call, since each call wakes it.  The thread never
-waits for a reader: a stream that nobody reads only fills its own list, which is bounded by its
-request's tokens.
+in before the next, goes back to the loop in one call.  Either side wakes the other at most once
+a turn of its own: a wake-up costs as much as a token.  The thread never waits for a reader: a
+stream that nobody reads only fills its own list, which is bounded by its request's tokens.
 
 When the thread ends, by `stop` or by a bug, everybody who waits is told, and whoever comes later.
 
@@ -94,6 +94,7 @@ class AsyncEngine:
         self._sample: StepSample | None = None  # of the step whose deltas are delivered next
         if watcher is not None:
             engine.watch(self._watched)
+        self._asked: list[Command] = []  # in this turn of the loop
         self._inbox: SimpleQueue[Command] = SimpleQueue()
         self._outbox: list[Call] = []  # for the loop; the thread's own
         self._streams: dict[int, Stream] = {}  # touched on the loop only, as the next two are
@@ -110,6 +111,7 @@ class AsyncEngine:
 
     async def stop(self) -> None:
         """End after the step under way; who is still here is told, and holds nothing."""
+        self._hand_over()
         self._inbox.put(self._stop)
         if self._thread.ident is not None:
             await asyncio.to_thread(self._thread.join)
@@ -132,7 +134,7 @@ class AsyncEngine:
         any sample or delta of it comes.
         """
         entered = self._entry()
-        self._inbox.put(lambda: self._enter(entered, prompt, params, named, service))
+        self._ask(lambda: self._enter(entered, prompt, params, named, service))
         try:
             stream: Stream = await entered
             return stream
@@ -146,7 +148,7 @@ class AsyncEngine:
     async def call(self, function: Callable[[], T]) -> T:
         """What `function` returns or raises, called on the engine's thread between two steps."""
         asked = self._entry()
-        self._inbox.put(lambda: self._answer(asked, function))
+        self._ask(lambda: self._answer(asked, function))
         try:
             found: T = await asked
             return found
@@ -173,7 +175,18 @@ class AsyncEngine:
 
     def cancel(self, request_id: int) -> None:
         """Nobody wants the answers any more; who reads them sees them end."""
-        self._inbox.put(lambda: self._deliver(self.engine.cancel(request_id)))
+        self._ask(lambda: self._deliver(self.engine.cancel(request_id)))
+
+    def _ask(self, command: Command) -> None:
+        """What others ask for in the same turn of the loop comes with it."""
+        self._asked.append(command)
+        if len(self._asked) == 1:
+            asyncio.get_running_loop().call_soon(self._hand_over)
+
+    def _hand_over(self) -> None:
+        for command in self._asked:
+            self._inbox.put(command)
+        self._asked.clear()
 
     # --- on the engine's thread -------------------------------------------------------------
 

@@ -171,6 +171,7 @@ class State:
         self._run: int | None = None
         self._loop: asyncio.AbstractEventLoop | None = None
         self._waiting = 0
+        self._given: list[tuple[Usage, asyncio.Future[Any]]] = []  # in this turn of the loop
         self._inbox: SimpleQueue[tuple[Usage | Ask, asyncio.Future[Any]] | None] = SimpleQueue()
         self._closing = threading.Event()
         self._unsynced = False
@@ -206,7 +207,9 @@ class State:
             done.set_result(False)
             return done
         self._waiting += 1
-        self._inbox.put((usage, done))
+        self._given.append((usage, done))
+        if len(self._given) == 1:  # its thread is woken once for all of a turn
+            self._loop.call_soon(self._hand_over)
         return done
 
     @property
@@ -295,6 +298,7 @@ class State:
             end = "UPDATE runs SET ended = ?, ended_s = max(started_s, ?) WHERE number = ?"
             with contextlib.suppress(DependencyError):  # it will be found to have been killed
                 await self._rows(end, ended, now_s, self._run)
+        self._hand_over()
         self._inbox.put(None)
         for thread in self._threads:
             await asyncio.to_thread(thread.join)
@@ -343,8 +347,14 @@ class State:
         """`work` on the thread, after all records that were given before."""
         self._loop = asyncio.get_running_loop()
         done: asyncio.Future[T] = self._loop.create_future()
+        self._hand_over()
         self._inbox.put((work, done))
         return await done
+
+    def _hand_over(self) -> None:
+        for given in self._given:
+            self._inbox.put(given)
+        self._given.clear()
 
     def _end(self, records: int, futures: Sequence["asyncio.Future[Any]"], written: bool) -> None:
         """They wait no more: committed, or given up."""
