@@ -377,6 +377,7 @@ def test_a_full_disk_stops_no_answer_and_loses_no_record(tiny: Path, tmp_path: P
         served_ = server.metric("tierline:requests_total")
         status = server.end()
         found = rows(folder / "data", "SELECT count(*), count(DISTINCT request_id) FROM usage")
+    logged = [event["message"] for event in server.events()]
 
     assert ready.status_code == 503
     assert "full" in ready.json()["reason"]
@@ -384,6 +385,7 @@ def test_a_full_disk_stops_no_answer_and_loses_no_record(tiny: Path, tmp_path: P
     assert waiting >= 5
     assert (again, status) == (200, 0)
     assert found == [(served_, served_)]
+    assert logged.count(ready.json()["reason"]) == logged.count("usage is recorded again") == 1
 
 
 def fill(ballast: Path) -> None:

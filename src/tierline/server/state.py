@@ -20,6 +20,7 @@ Invariants
 import asyncio
 import contextlib
 import json
+import logging
 import os
 import sqlite3
 import threading
@@ -45,6 +46,8 @@ KEPT_MAX = 100_000  # records that wait for the disk, at most; some 50 MB
 DOORS_CLOSE = 90_000
 PAUSE_S, PAUSE_S_MAX = 0.05, 1.0  # between attempts while the disk refuses
 SYNC_S = 1.0  # what a power cut may cost
+
+log = logging.getLogger("tierline.server")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -430,25 +433,33 @@ class State:
         except sqlite3.DatabaseError as error:
             if isinstance(error, _OUR_BUGS):
                 raise
-            self.trouble = f"usage cannot be recorded: {error}"
+            self._troubled(f"usage cannot be recorded: {error}")
             return False
+        if self.trouble:
+            log.info("usage is recorded again")
         self.trouble = ""
         self._unsynced = True
         return True
 
+    def _troubled(self, why: str) -> None:
+        """Said in the log when it begins, not at each attempt."""
+        if why != self.trouble:
+            log.warning(why)
+        self.trouble = why
+
     def _sync(self) -> None:
         """On the second thread: what was written outlives a power cut, too."""
         assert self.folder is not None
-        log = os.open(self.folder / LOG_NAME, os.O_RDONLY)
+        written = os.open(self.folder / LOG_NAME, os.O_RDONLY)
         while not self._closing.wait(SYNC_S):
             if self._unsynced:
                 self._unsynced = False
                 try:
-                    os.fsync(log)
+                    os.fsync(written)
                 except OSError as error:
                     self._unsynced = True
-                    self.trouble = f"usage cannot be recorded: {error.strerror}"
-        os.close(log)
+                    self._troubled(f"usage cannot be recorded: {error.strerror}")
+        os.close(written)
 
     def _put_off(self, kept: list[Given]) -> None:
         """They wait on, and nobody waits for them."""
