@@ -87,7 +87,7 @@ def serve_ours(path: str, port: int) -> None:
 
     from tierline.engine.build import EngineOptions, open_engine
     from tierline.server.running import running_of
-    from tierline.server.serve import opened, serve
+    from tierline.server.serve import opened, serve, settle
     from tierline.server.server import Settings
 
     options = EngineOptions(
@@ -116,6 +116,7 @@ def serve_ours(path: str, port: int) -> None:
 
     import uvloop
 
+    settle()
     uvloop.run(run())
 
 

@@ -567,17 +567,26 @@ class Engine:
         self._drop(g)
         return [self._ended(lost, "error", "out of memory") for lost in (g, *g.siblings)]
 
-    def _delta(self, g: Generation, now_ps: int, **fields: Any) -> Delta:
-        values: dict[str, Any] = {"token_ids": (), "text": "", **fields}
-        g.text += values["text"]
+    def _delta(
+        self,
+        g: Generation,
+        now_ps: int,
+        *,
+        token_ids: tuple[int, ...] = (),
+        text: str = "",
+        **others: Any,
+    ) -> Delta:
+        g.text += text
         return Delta(
             request_id=g.request_id,
             index=g.index,
+            token_ids=token_ids,
+            text=text,
             prompt_tokens=g.prompt_tokens,
             cached_tokens=g.sequence.hit_tokens,
             loaded_tokens=g.sequence.loaded_tokens,
             at_ps=now_ps,
-            **values,
+            **others,
         )
 
 

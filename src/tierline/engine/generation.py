@@ -74,9 +74,9 @@ class TokenLogprob:
     top: tuple[tuple[int, float], ...] = ()
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(slots=True, kw_only=True)  # frozen, each would cost 1.4 us more: a tenth of a token
 class Delta:
-    """What one step added to one answer."""
+    """What one step added to one answer: a value, though not frozen."""
 
     request_id: int
     index: int

@@ -36,6 +36,7 @@ COLDEST = 1e-30  # a colder draw is greedy: float32 would divide by nothing
 CANDIDATES = 128  # tokens that usually hold a row's top-p mass
 STOPS_MAX = 10_000
 STOP_CHARACTERS_MAX = 4_096
+STOPS = f"up to {STOPS_MAX} texts of 1 to {STOP_CHARACTERS_MAX} characters"
 LOGPROBS_MAX = 20
 N_MAX = 128
 _GOLDEN = 0x9E3779B97F4A7C15
@@ -130,11 +131,11 @@ def _real(
 ) -> None:
     """Check a number; an integer will do, a NaN will not."""
     value = getattr(params, name)
+    number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    if number and (low < value <= high or (value == low and not open_low)):
+        return
     wanted = f"{'above' if open_low else 'at least'} {low:g} and at most {high:g}"
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
-        raise _wrong(name, value, f"a number {wanted}")
-    if not (low < value <= high or (value == low and not open_low)):
-        raise _wrong(name, value, wanted)
+    raise _wrong(name, value, wanted if number else f"a number {wanted}")
 
 
 def _whole(params: SamplingParams, name: str, *, low: int, high: int) -> None:
@@ -151,15 +152,14 @@ def _listed(name: str, value: object, wanted: str) -> list[Any]:
 
 
 def _stops(stop: object) -> tuple[str, ...]:
-    wanted = f"up to {STOPS_MAX} texts of 1 to {STOP_CHARACTERS_MAX} characters"
-    stops = [stop] if isinstance(stop, str) else _listed("stop", stop, wanted)
+    stops = [stop] if isinstance(stop, str) else _listed("stop", stop, STOPS)
     if len(stops) > STOPS_MAX:
-        raise RequestError(f"stop has {len(stops)} texts", hint=f"stop has to be {wanted}")
+        raise RequestError(f"stop has {len(stops)} texts", hint=f"stop has to be {STOPS}")
     for text in stops:
         if not isinstance(text, str) or not text:
-            raise _wrong("stop", text, wanted)
+            raise _wrong("stop", text, STOPS)
         if len(text) > STOP_CHARACTERS_MAX:
-            raise RequestError(f"stop has {len(text)} characters", hint=f"stop has to be {wanted}")
+            raise RequestError(f"stop has {len(text)} characters", hint=f"stop has to be {STOPS}")
     return tuple(dict.fromkeys(stops))
 
 

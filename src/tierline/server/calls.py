@@ -30,6 +30,24 @@ S = TypeVar("S", bound=Shape)
 
 JSON_HEADERS = [(b"content-type", b"application/json")]
 HEADER_LENGTH_MAX = 256
+SAMPLING = {  # what the engine takes as it is asked for
+    "temperature",
+    "top_p",
+    "top_k",
+    "min_p",
+    "repetition_penalty",
+    "frequency_penalty",
+    "presence_penalty",
+    "seed",
+    "n",
+    "min_tokens",
+    "stop",
+    "stop_token_ids",
+    "ignore_eos",
+    "include_stop_str_in_output",
+}
+
+NO_LIMITS = ServiceLevelAsked()
 
 log = logging.getLogger("tierline.server")
 
@@ -177,22 +195,7 @@ def sampling_of(
     """The engine's parameters; raises `ApiError`."""
     given = {
         name: value
-        for name in (
-            "temperature",
-            "top_p",
-            "top_k",
-            "min_p",
-            "repetition_penalty",
-            "frequency_penalty",
-            "presence_penalty",
-            "seed",
-            "n",
-            "min_tokens",
-            "stop",
-            "stop_token_ids",
-            "ignore_eos",
-            "include_stop_str_in_output",
-        )
+        for name in asked.model_fields_set & SAMPLING
         if (value := getattr(asked, name)) is not None
     }
     skips = asked.skip_special_tokens if skip_special is None else skip_special
@@ -260,7 +263,7 @@ def served_as(call: Call, asked: Asked | None, *, tier: str | None = None) -> Se
     """
     slo = asked.slo if asked and asked.slo is not None else call.header(b"x-tierline-slo")
     running = call.server.running
-    own = slo if isinstance(slo, ServiceLevelAsked) else ServiceLevelAsked()
+    own = slo if isinstance(slo, ServiceLevelAsked) else NO_LIMITS
     name = slo if isinstance(slo, str) else _of_tier(call, tier)
     level = next((level for level in running.levels if level.name == name), None)
     if level is None:

@@ -73,6 +73,7 @@ FIELDS = {
     "text": "of a prompt; only from tierline.prompts",
 }
 PROMPTS = "tierline.prompts"
+_prompts = logging.getLogger(PROMPTS)
 _FIELDS_OF_ALL = frozenset(FIELDS) - {"text"}
 _QUIET = logging.CRITICAL + 1
 _TEXT_MAX = 2_000  # characters of one value
@@ -93,7 +94,7 @@ def configure(stream: TextIO, *, level: str = "info", log_prompts: bool = False)
     for name in ("uvicorn", "uvicorn.error", "uvicorn.access"):
         logging.getLogger(name).handlers.clear()  # they propagate to the root instead
         logging.getLogger(name).propagate = True
-    logging.getLogger(PROMPTS).setLevel(logging.INFO if log_prompts else _QUIET)
+    _prompts.setLevel(logging.INFO if log_prompts else _QUIET)
     set_level(level)
 
 
@@ -113,12 +114,12 @@ def log_prompt(request_id: str, text: str) -> None:
     """Write a prompt down, if the operator asked for that."""
     if logs_prompts():
         fields = {"request_id": request_id, "text": text}
-        logging.getLogger(PROMPTS).info("prompt", extra={"fields": fields})
+        _prompts.info("prompt", extra={"fields": fields})
 
 
 def logs_prompts() -> bool:
     """Whether the operator asked for that."""
-    return logging.getLogger(PROMPTS).level == logging.INFO
+    return _prompts.level == logging.INFO
 
 
 class JsonFormatter(logging.Formatter):
