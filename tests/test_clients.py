@@ -10,12 +10,14 @@ import importlib.util
 import json
 import math
 import os
+import re
 import shutil
 import socket
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -28,6 +30,7 @@ from demo_model import demo_model
 from other_clients import TOOLS, Place
 from servers import MODEL, Served, engine_of, served
 from talkers import tiny_talker
+from test_house import docs
 from tierline.engine.demo import models_folder
 from tierline.server.life import Life
 from tierline.server.serve import listening
@@ -615,6 +618,42 @@ def test_langchain(server: Served) -> None:
     for place in found["places"]:
         Place.model_validate(place)
     assert len(found["places"]) == 2
+
+
+# --- what the guide shows -------------------------------------------------------------------
+
+GUIDE = docs.examples_in(docs.ROOT / "docs/guides/use-with-clients.md", docs.MARK_SERVER)
+OTHERS = re.compile(r"^(?:import|from) (litellm|langchain_openai)", re.MULTILINE)
+
+
+@pytest.fixture(scope="module")
+def demo_named(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
+    """A server as the guide has it, but for what it says."""
+    engine = engine_of(tiny_talker(tmp_path_factory.mktemp("guide"), num_hidden_layers=1))
+    with served(engine, model_names=("demo",)) as one:
+        yield one
+
+
+@pytest.mark.parametrize(
+    "example",
+    [pytest.param(e, marks=[pytest.mark.slow] * (e.language == "python")) for e in GUIDE],
+    ids=lambda example: Path(example.where).name,
+)
+def test_the_guides_examples_work(demo_named: Served, example: Any) -> None:
+    other = OTHERS.search(example.text)
+    if other is not None and importlib.util.find_spec(other[1]) is None:
+        pytest.skip(f"{other[1]} is not installed; pip install 'tierline[clients]'")
+    text = example.text.replace("http://localhost:8000", demo_named.url)
+
+    assert text != example.text
+    assert docs.failure_of(replace(example, text=text)) is None
+
+
+def test_an_example_that_does_not_work_is_seen(demo_named: Served) -> None:
+    """The control of the test above: the same with a model that is not there."""
+    text = GUIDE[0].text.replace("http://localhost:8000", demo_named.url)
+
+    assert "model_not_found" in docs.failure_of(replace(GUIDE[0], text=text.replace("demo", "no")))
 
 
 # --- a real model ---------------------------------------------------------------------------

@@ -18,7 +18,7 @@ from starlette.routing import Route
 import tierline
 from servers import MODEL, Served, engine_of, served
 from talkers import tiny_talker
-from tierline.server import dashboard, texts
+from tierline.server import dashboard, openapi, texts
 from tierline.server.app import routes
 from tierline.server.calls import Call
 from tierline.server.errors import TYPES, ApiError
@@ -123,7 +123,8 @@ def test_what_has_no_effect_says_why() -> None:
 
 def test_an_unexplained_parameter_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
     """The control of the tables."""
-    monkeypatch.delitem(PARAMETERS, "min_p")
+    others = {name: words for name, words in PARAMETERS.items() if name != "min_p"}
+    monkeypatch.setattr(openapi, "PARAMETERS", others)
     schemas.cache_clear()
     try:
         with pytest.raises(KeyError, match="min_p"):

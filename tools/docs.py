@@ -11,7 +11,8 @@ that is why the command line is listed from the parser's own table and not from 
 Of a ```console block every line `$ command` is run, from the root of the project. What follows
 it must be what the command prints (`...` stands for any text); nothing means: it must succeed.
 A command whose printed text has a line that begins with `error:` must end with status 2.
-A ```python block must run to its end.
+A ```python block must run to its end.  Blocks that follow `<!-- run with a server -->` ask one at
+port 8000, model demo; a test runs them.
 """
 
 import argparse
@@ -19,7 +20,9 @@ import ast
 import doctest
 import inspect
 import io
+import json
 import os
+import re
 import subprocess
 import sys
 import textwrap
@@ -28,6 +31,7 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, fields, is_dataclass
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 from tierline import cli
 from tierline.base import errors
@@ -36,6 +40,7 @@ from tierline.catalog import deployment, formats
 from tierline.catalog.gpu import GpuSpec
 from tierline.catalog.gpus import gpu_names, load_gpu
 from tierline.catalog.models import known_models
+from tierline.server import openapi, openapi_words, shapes
 from tierline.telemetry import logs, meanings, spans
 from tierline.workload import importers, request
 
@@ -43,6 +48,7 @@ ROOT = Path(__file__).resolve().parents[1]
 REFERENCE = "docs/reference"
 NOTICE = "<!-- Written by tools/docs.py from the code; `make docs` writes it again. -->\n"
 MARK = "<!-- run -->"
+MARK_SERVER = "<!-- run with a server -->"
 TIMEOUT_S = 600
 
 
@@ -283,8 +289,201 @@ def metrics_page() -> str:
     )
 
 
+# What OpenAI's reference describes; ours, and what was added, stand on the page.
+GENERATIONS = {
+    "chat": "/v1/chat/completions",
+    "completions": "/v1/completions",
+    "responses": "/v1/responses",
+    "embeddings": "/v1/embeddings",
+}
+OWN_ANSWERS = (
+    *("Service", "ServiceOfEmbedding", "Model", "Tokenized", "Detokenized", "Health"),
+    *("Readiness", "KeyTold", "KeyMade", "Sums", "UsageRecord", "RunTold", "Draining", "LogLevel"),
+    *("Tier", "CacheReset"),
+)
+
+
+def http_page() -> str:
+    """Every path, parameter, header, shape and error of the server."""
+    document = openapi.document(version="", models=(), key_required=True)
+    known = document["components"]["schemas"]
+    return join(
+        [
+            "# HTTP interface",
+            "What `tierline serve` answers. A server tells the same to machines at `/openapi.json`."
+            " [Use it with the clients you have](../guides/use-with-clients.md) says how it differs"
+            " from OpenAI's.",
+            "## Paths",
+            "`key`: an API key, `Authorization: Bearer ...`, once the server has any; `admin`: the"
+            " admin token of its data folder, likewise.",
+            table(("path", "what", "needs", "answers"), path_rows(document)),
+            "## Parameters under /v1",
+            "● is required, ○ may be given; null is as good as absent. A parameter that is not here"
+            " is refused by its name. *From* says who named it: what is not OpenAI's goes into"
+            " `extra_body` of `openai`.",
+            table(
+                ("parameter", "type", *GENERATIONS, "from", "meaning"), list(parameter_rows(known))
+            ),
+            "### Taken without effect",
+            table(("parameter", "why"), sorted(without_effect_rows())),
+            "### Not supported, and why",
+            "They are OpenAI's. Asked for with a value that would change something, they are"
+            " refused with `unsupported_parameter`; null and the values listed here pass.",
+            table(("parameter", "passes", "why"), sorted(unsupported_rows())),
+            "## Parameters elsewhere",
+            *other_parameters(known),
+            "## Headers of requests",
+            table(("header", "meaning"), word_rows(openapi_words.REQUEST_HEADERS)),
+            "## Headers of answers",
+            table(("header", "meaning"), word_rows(openapi_words.RESPONSE_HEADERS)),
+            "## Errors",
+            '`{"error": {"message", "type", "param", "code", "hint"}}`, also as the'
+            " last event of a stream that had begun. `param` is the place in the body.",
+            table(
+                ("status", "`code`", "when"),
+                [
+                    (str(status), f"`{code}`", what)
+                    for code, (status, what) in openapi_words.ERRORS.items()
+                ],
+            ),
+            "## What parameters are made of",
+            *(shape_section(name, known) for name in parts_of_requests(known)),
+            "## What answers are made of",
+            "Chats, completions, responses, embeddings and their events have OpenAI's shapes, with"
+            " [`tierline`](#service) beside `usage`: in every whole answer, and in the last event"
+            " of a stream's choice. Here is what is ours.",
+            *(shape_section(name, known, answer=True) for name in OWN_ANSWERS),
+        ]
+    )
+
+
+def path_rows(document: dict[str, Any]) -> Iterator[tuple[str, ...]]:
+    """One row an operation."""
+    for path, methods in document["paths"].items():
+        for method, told in methods.items():
+            needs = [scheme for one in told.get("security", ()) for scheme in one]
+            answers = ", ".join(sorted(told["responses"]))
+            yield f"`{method.upper()} {path}`", told["summary"], ", ".join(needs), answers
+
+
+def parameter_rows(known: dict[str, Any]) -> Iterator[tuple[str, ...]]:
+    """One row a parameter that does something, with who takes it."""
+    shapes_of = {one.path: one.asks for one in openapi.OPERATIONS if one.asks is not None}
+    asked = [known[shapes_of[path].__name__] for path in GENERATIONS.values()]
+    for name, (whose, what) in openapi_words.PARAMETERS.items():
+        fields = [schema["properties"].get(name, {}) for schema in asked]
+        found = [field if "x-origin" in field else None for field in fields]  # has an effect
+        if not any(found):
+            continue
+        kinds = dict.fromkeys(type_text(one) for one in found if one)
+        marks = [
+            ("●" if name in schema.get("required", ()) else "○") if one else ""
+            for schema, one in zip(asked, found, strict=True)
+        ]
+        yield f"`{name}`", "; ".join(kinds), *marks, whose, what
+
+
+def without_effect_rows() -> Iterator[tuple[str, ...]]:
+    for name, why in openapi_words.WITHOUT_EFFECT.items():
+        yield f"`{name}`", why
+
+
+def unsupported_rows() -> Iterator[tuple[str, ...]]:
+    for name, (passing, why) in shapes.UNSUPPORTED.items():
+        yield f"`{name}`", ", ".join(f"`{json.dumps(value)}`" for value in passing), why
+
+
+def word_rows(words: dict[str, str]) -> list[tuple[str, ...]]:
+    return [(f"`{name}`", what) for name, what in words.items()]
+
+
+def other_parameters(known: dict[str, Any]) -> Iterator[str]:
+    """A table for every operation that is no generation and takes something."""
+    for one in openapi.OPERATIONS:
+        if one.asks is None or not one.asks.model_fields or one.path in GENERATIONS.values():
+            continue
+        schema = known[one.asks.__name__]
+        rows = [
+            (f"`{name}`", type_text(field), required_text(name, schema), field["description"])
+            for name, field in schema["properties"].items()
+        ]
+        yield f"### `{one.method} {one.path}`"
+        yield table(("parameter", "type", "", "meaning"), rows)
+
+
+def required_text(name: str, schema: dict[str, Any]) -> str:
+    return "required" if name in schema.get("required", ()) else ""
+
+
+def parts_of_requests(known: dict[str, Any]) -> list[str]:
+    """The shapes that bodies refer to, in the order in which a reader meets them."""
+    found: dict[str, None] = {}
+    waiting = [known[one.asks.__name__] for one in openapi.OPERATIONS if one.has_body and one.asks]
+    while waiting:
+        for name in re.findall(r'"#/components/schemas/(\w+)"', json.dumps(waiting.pop(0))):
+            if name not in found:
+                found[name] = None
+                waiting.append(known[name])
+    return list(found)
+
+
+def shape_section(name: str, known: dict[str, Any], *, answer: bool = False) -> str:
+    """A heading, what it is, and a table of its fields."""
+    schema = known[name]
+    required = schema.get("required", ())
+    rows = []
+    for field, told in schema["properties"].items():
+        null = " or null" if answer and {"type": "null"} in told.get("anyOf", ()) else ""
+        word = "" if (field in required) == answer else "may be absent" if answer else "required"
+        rows.append((f"`{field}`", type_text(told) + null, word))
+    about = " ".join(schema.get("description", "").split())
+    return f"### `{name}`\n\n{about}\n\n{table(('field', 'type', ''), rows)}"
+
+
+def type_text(schema: dict[str, Any]) -> str:
+    """A JSON schema in words; null, which is absence in a request, is left out."""
+    if reference := schema.get("$ref"):
+        name = reference.rpartition("/")[2]
+        return f"[`{name}`](#{name.lower()})"
+    if "const" in schema or "enum" in schema:
+        values = [schema["const"]] if "const" in schema else schema["enum"]
+        return ", ".join(f"`{json.dumps(value)}`" for value in values if value is not None)
+    if branches := schema.get("anyOf"):
+        return " or ".join(type_text(one) for one in branches if one != {"type": "null"})
+    kind = schema.get("type")
+    limits = limits_text(schema)
+    if kind == "array":
+        return f"list{limits} of {type_text(schema.get('items', {}))}"
+    if kind == "object" and isinstance(schema.get("additionalProperties"), dict):
+        return f"object of {type_text(schema['additionalProperties'])}"
+    names = {"string": "text", "boolean": "true or false", None: "anything"}
+    default = f"; else {json.dumps(schema['default'])}" if "default" in schema else ""
+    return names.get(kind, str(kind)) + limits + default
+
+
+def limits_text(schema: dict[str, Any]) -> str:
+    """The bounds of a number, of a text's characters or of a list's items, where they are near."""
+    signs = {
+        "≥": ("minimum", "minLength", "minItems"),
+        ">": ("exclusiveMinimum",),
+        "≤": ("maximum", "maxLength", "maxItems"),
+        "<": ("exclusiveMaximum",),
+    }
+    found = [
+        f"{sign} {schema[key]:,.10g}"
+        for sign, keys in signs.items()
+        for key in keys
+        if key in schema and abs(schema[key]) < 2**31 - 1
+    ]
+    counted = " characters" if found and schema.get("type") == "string" else ""
+    limits = [", ".join(found) + counted] if found else []
+    limits += [f"like `{schema['pattern']}`"] if "pattern" in schema else []
+    return f" ({', '.join(limits)})" if limits else ""
+
+
 PAGES: dict[str, Callable[[], str]] = {
     "cli.md": cli_page,
+    "http-api.md": http_page,
     "deployment.md": deployment_page,
     "trace-format.md": trace_page,
     "gpus.md": gpus_page,
@@ -393,12 +592,12 @@ class Example:
     text: str
 
 
-def examples_in(document: Path) -> list[Example]:
+def examples_in(document: Path, mark: str = MARK) -> list[Example]:
     """The blocks after a mark; a mark without a block is an error of the document."""
     lines = document.read_text(encoding="utf-8").splitlines()
     found = []
     for number, line in enumerate(lines):
-        if line.strip() != MARK:
+        if line.strip() != mark:
             continue
         fence = lines[number + 1].strip() if number + 1 < len(lines) else ""
         assert fence in ("```console", "```python"), f"{document}:{number + 1}: no block follows"

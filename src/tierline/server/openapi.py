@@ -20,7 +20,13 @@ from starlette.responses import Response
 from tierline.server import admin
 from tierline.server import answer_shapes as told
 from tierline.server.embeddings import EmbeddingsAsked
-from tierline.server.openapi_words import ERRORS, PARAMETERS, REQUEST_HEADERS, WITHOUT_EFFECT
+from tierline.server.openapi_words import (
+    ERRORS,
+    PARAMETERS,
+    REQUEST_HEADERS,
+    RESPONSE_HEADERS,
+    WITHOUT_EFFECT,
+)
 from tierline.server.responses import ResponsesAsked
 from tierline.server.server import Server
 from tierline.server.shapes import (
@@ -449,17 +455,28 @@ _HEADER_SCHEMAS: dict[str, dict[str, Any]] = {
     "X-Tierline-Deadline-Ms": {"type": "number", "minimum": 0.001, "maximum": 1e9},
     "X-Tierline-SLO": {"type": "string", "minLength": 1},
 }
-_RETRY = {
-    "Retry-After": {"schema": {"type": "integer"}, "description": "Seconds."},
-    "retry-after-ms": {"schema": {"type": "integer"}, "description": "The same, finer."},
-}
+# status of a refusal -> its headers; 503 has one where the server drains
+_REFUSAL_HEADERS = {405: ("Allow",), 429: ("Retry-After", "retry-after-ms"), 503: ("Retry-After",)}
+
+
+def _told_in(*names: str) -> dict[str, Any]:
+    """Headers of an answer."""
+    numbers = ("Retry-After", "retry-after-ms")
+    return {
+        name: {
+            "schema": {"type": "integer" if name in numbers else "string"},
+            "description": RESPONSE_HEADERS[name],
+        }
+        for name in names
+    }
 
 
 def _responses(operation: Operation) -> dict[str, Any]:
     success: dict[str, Any] = {"description": "Success.", "content": _content(operation)}
     if operation.generates:
-        told_id = {"schema": {"type": "string"}, "description": "The `id` of the answer."}
-        success["headers"] = {"x-request-id": told_id}
+        pooled = operation.tells is told.Embeddings
+        own = ("x-tierline-pooling",) if pooled else ()
+        success["headers"] = _told_in("x-request-id", *own)
     made = {str(operation.status): success}
     for status in operation.also:
         made[str(status)] = {**success, "description": "Not now; the body says why."}
@@ -481,8 +498,8 @@ def _refusals() -> dict[str, Any]:
             "description": "\n".join(codes),
             "content": {JSON: {"schema": {"$ref": f"{REFERENCE}{told.Refused.__name__}"}}},
         }
-        if status == 429:
-            refused["headers"] = _RETRY
+        if status in _REFUSAL_HEADERS:
+            refused["headers"] = _told_in(*_REFUSAL_HEADERS[status])
         made[_refusal_name(status)] = refused
     return made
 

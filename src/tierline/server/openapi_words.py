@@ -11,7 +11,10 @@ PARAMETERS: dict[str, tuple[str, str]] = {
     "model": (OPENAI, "One of the names that /v1/models lists."),
     "messages": (OPENAI, "The conversation so far. Parts of messages are texts."),
     "input": (OPENAI, "A text, or several; see the schema."),
-    "prompt": (OPENAI, "A text or its tokens, or a list of either; each is continued."),
+    "prompt": (
+        OPENAI,
+        "A text or its tokens, or a list of either: each is continued. /tokenize takes one text.",
+    ),
     "instructions": (OPENAI, "A system message before the input."),
     "temperature": (OPENAI, "0 takes the likeliest token; 1 draws as the model says."),
     "top_p": (OPENAI, "Draws from the likeliest tokens that together have this probability."),
@@ -109,6 +112,15 @@ REQUEST_HEADERS: dict[str, str] = {
     "X-Tierline-Priority": "As `priority` in a body, which goes first.",
     "X-Tierline-Deadline-Ms": "As `deadline_ms` in a body, which goes first.",
     "X-Tierline-SLO": "The name of a service class, as `slo` in a body, which goes first.",
+}
+
+# header -> what it says
+RESPONSE_HEADERS: dict[str, str] = {
+    "x-request-id": "The `id` of the answer: in logs, usage records and the dashboard, too.",
+    "x-tierline-pooling": "How embeddings came to be: `mean`.",
+    "Retry-After": "The whole seconds after which another try makes sense.",
+    "retry-after-ms": "The same, finer; `openai` reads it.",
+    "Allow": "The methods that the path takes.",
 }
 
 # code -> (status, what happened)
