@@ -8,6 +8,8 @@ from typing import Any
 import pytest
 from hypothesis import settings
 
+from tierline.catalog import gpus
+
 settings.register_profile("ci", derandomize=True, deadline=None)
 settings.register_profile("dev", deadline=None)
 settings.load_profile("ci" if os.environ.get("CI") == "true" else "dev")
@@ -44,6 +46,15 @@ def kernels(request: pytest.FixtureRequest, kernels_folder: Path) -> Any:
         assert "could not" not in loaded.reason, loaded.reason
         pytest.skip(loaded.reason)
     return loaded
+
+
+@pytest.fixture(scope="session", autouse=True)
+def nobodys_own_entries(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Whoever runs the tests may have measured this machine; what is asserted is of none."""
+    folder = tmp_path_factory.mktemp("own")
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(gpus, "own_folder", lambda: folder)
+        yield
 
 
 @pytest.fixture(autouse=True)

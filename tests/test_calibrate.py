@@ -11,6 +11,7 @@ import torch
 
 from tierline import cli
 from tierline.base.errors import SpecError
+from tierline.catalog import gpus
 from tierline.catalog.formats import WEIGHT_FORMATS
 from tierline.catalog.gpu import GpuSpec, Reached
 from tierline.catalog.gpus import gpu_names, load_gpu, own_files, own_folder, parse_gpu, supports
@@ -67,6 +68,7 @@ def entry(**change: Any) -> dict[str, Any]:
 def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A user with nothing of their own yet."""
     monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setattr(gpus, "own_folder", own_folder)  # that of this home
     return tmp_path
 
 

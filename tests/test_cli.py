@@ -306,7 +306,7 @@ def test_every_command_has_help_and_json() -> None:
             "models",
             "gpus",
         ),
-        *("run", "calibrate"),
+        *("run", "serve", "calibrate"),
     }
     for name, command in commands.choices.items():
         text = command.format_help()

@@ -81,11 +81,21 @@ def test_the_standard_formatter_would_let_it() -> None:
     assert "\n" not in JsonFormatter().format(record)
 
 
-def test_uvicorn_and_other_libraries_write_to_the_same_stream() -> None:
+@pytest.fixture
+def uvicorns() -> Iterator[logging.Logger]:
+    """Uvicorn's logger as it is before a server of the same process made it quieter."""
+    logger = logging.getLogger("uvicorn.error")
+    level = logger.level
+    logger.setLevel(logging.NOTSET)
+    yield logger
+    logger.setLevel(level)
+
+
+def test_uvicorn_and_other_libraries_write_to_the_same_stream(uvicorns: logging.Logger) -> None:
     stream = io.StringIO()
     logging.getLogger("uvicorn").addHandler(logging.StreamHandler(io.StringIO()))
     configure(stream)
-    logging.getLogger("uvicorn.error").info("Started server process [%d]", 7)
+    uvicorns.info("Started server process [%d]", 7)
     logging.getLogger("somebody").info("not heard")
     logging.getLogger("somebody").warning("heard")
 
