@@ -411,10 +411,9 @@ def test_a_disk_without_room_for_the_first_byte_is_refused(
 # --- signals ----------------------------------------------------------------------------------
 
 
-EITHER = [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.slow)]
-
-
-@pytest.mark.parametrize("number", EITHER)
+@pytest.mark.parametrize(
+    "number", [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.slow)]
+)
 def test_a_signal_closes_the_door_and_who_is_inside_ends(
     tiny: Path, tmp_path: Path, number: int
 ) -> None:
@@ -460,7 +459,8 @@ def test_who_is_inside_when_the_time_is_over_is_told(tiny: Path, tmp_path: Path)
     assert rows(data, "SELECT ended FROM runs") == [("stopped",)]
 
 
-@pytest.mark.parametrize("second", EITHER)
+@pytest.mark.slow
+@pytest.mark.parametrize("second", [signal.SIGTERM, signal.SIGINT])
 def test_a_second_signal_stops_at_once(tiny: Path, tmp_path: Path, second: int) -> None:
     """Without waiting for anybody, and with everybody on record."""
     data = tmp_path / "data"

@@ -10,6 +10,7 @@ import random
 import re
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -119,13 +120,14 @@ Scheduler._give_back = most
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("fault", "said"),
     [
         pytest.param(FORGETS, "are not recorded as served", id="forgets"),
-        pytest.param(COUNTS_TWICE, "metrics say", id="counts twice", marks=pytest.mark.slow),
-        pytest.param(NO_END, "[1-9] never ended", id="no end", marks=pytest.mark.slow),
-        pytest.param(LEAKS, "[1-9] blocks held", id="leaks", marks=pytest.mark.slow),
+        pytest.param(COUNTS_TWICE, "metrics say", id="counts twice"),
+        pytest.param(NO_END, "[1-9] never ended", id="no end"),
+        pytest.param(LEAKS, "[1-9] blocks held", id="leaks"),
     ],
 )
 def test_books_that_do_not_agree_would_be_seen(
@@ -136,6 +138,51 @@ def test_books_that_do_not_agree_would_be_seen(
     _, failures = loaded(tiny, tmp_path, *FEW_BLOCKS, count=24, seconds=1, stay_s=0.2, first=fault)
 
     assert any(re.search(said, failure) for failure in failures), failures
+
+
+SEEN: dict[str, Any] = {
+    "sent": 3,
+    "whole": ["a"],
+    "left": ["b"],
+    "left_unanswered": 0,
+    "broken": {},
+}
+TOLD: dict[str, Any] = {
+    "records": [("a", "stop"), ("b", "cancelled")],
+    "logged": [("a", "stop"), ("b", "cancelled")],
+    "metrics": {"stop": 1, "cancelled": 1, "refused": 1},
+    "never_ended": 0,
+    "blocks_held": 0,
+    "running": 0,
+    "troubles": [],
+}
+
+
+@pytest.mark.parametrize(
+    ("told", "said"),
+    [
+        ({}, None),
+        ({"records": [*TOLD["records"], ("a", "stop")]}, "recorded twice"),
+        ({"records": TOLD["records"][1:], "logged": TOLD["logged"][1:]}, "recorded as served"),
+        ({"records": TOLD["records"][:1], "logged": TOLD["logged"][:1]}, "not on record"),
+        ({"records": [("a", "error"), ("b", "cancelled")]}, "recorded as served"),
+        ({"logged": TOLD["logged"][:1]}, "log and records differ"),
+        ({"metrics": {"stop": 2, "cancelled": 1, "refused": 1}}, "metrics say"),
+        ({"metrics": {"stop": 1, "cancelled": 1}}, "2 outcomes of 3 sent"),
+        ({"never_ended": 1}, "1 never ended"),
+        ({"blocks_held": 1}, "1 blocks held"),
+        ({"running": 1}, "1 requests running"),
+        ({"troubles": [{"level": "warning"}]}, "in the log"),
+    ],
+)
+def test_each_disagreement_is_named(told: dict[str, Any], said: str | None) -> None:
+    """Negative controls of the comparison, one for each of its parts."""
+    found = wrong(SEEN, TOLD | told)
+
+    if said is None:
+        assert not found
+    else:
+        assert any(said in failure for failure in found), found
 
 
 def test_a_leak_has_a_slope_and_noise_has_none() -> None:
