@@ -4,6 +4,7 @@ import json
 import time
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -131,12 +132,16 @@ def is_whole(text: str, value: Any) -> bool:
     return True
 
 
+SPARE_TOKENS = {"few": (0, 2, 20), "many": (0, 0, 1, 2, 3, 5, 8, 16, 32, 64)}
+
+
+@pytest.mark.parametrize("spare", ["few", pytest.param("many", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("name", SCHEMAS)
-def test_random_answers_are_whole_in_any_budget(name: str) -> None:
-    """Ten answers for each of twenty schemas: from the shortest budget to a wide one."""
+def test_random_answers_are_whole_in_any_budget(name: str, spare: str) -> None:
+    """Answers for each of twenty schemas: from the shortest budget to a wide one."""
     grammar = grammars().compile(schema(SCHEMAS[name]))
     assert grammar.way is not None
-    for seed, spare_tokens in enumerate((0, 0, 1, 2, 3, 5, 8, 16, 32, 64)):
+    for seed, spare_tokens in enumerate(SPARE_TOKENS[spare]):
         budget_tokens = max(1, len(grammar.way) + spare_tokens)
         text = random_answer(grammar.matcher(), budget_tokens=budget_tokens, seed=seed)
 
@@ -247,9 +252,15 @@ REFUSED = {
     "self": (schema({"$ref": "#"}), "finite"),
     "endless": (schema(closed({"a": {"$ref": "#"}})), "finite"),
     "deep": (as_text(nested(1_000)), "recursion limit|nested"),
-    "very deep": (as_text(nested(50_000)), "nested"),
-    "large": (as_text('{"enum": ["' + "x" * 1_000_000 + '"]}'), "bytes"),
-    "many values": (schema({"enum": [f"{i} value" for i in range(60_000)]}), "too big"),
+    "very deep": (as_text(nested(20_000)), "nested"),
+    "rather deep": (as_text(nested(200)), "nested"),
+    "not a number": (as_text('{"const": NaN}'), "not JSON"),
+    "no character": (as_text('{"enum": ["\\ud800"]}'), "not JSON"),
+    "large": (as_text('{"enum": ["' + "x" * 256_000 + '"]}'), "bytes"),
+    "many values": (schema({"enum": [f"{i} value" for i in range(60_000)]}), "bytes"),
+    "many properties": (schema({"properties": {f"p{i}": {} for i in range(2_001)}}), "2001 prop"),
+    "multiples": (schema({"items": [{"multipleOf": 0.00009973}] * 3}), "multipleOf"),
+    "JSON in Lark": (Wanted(kind="ebnf", text='start: %json {"multipleOf": 99999989}'), "%json"),
     "huge": (regex("(x{1000}){1000}"), "too many|too big|complex"),
     "huge too": (regex("((x{100}){100}){100}"), "too many|too big|complex"),
     "look-ahead": (regex("(?=a)b"), "look-around"),
@@ -276,6 +287,19 @@ def test_what_cannot_be_is_refused_by_name(name: str) -> None:
     assert refused.value.hint or name == "kind"
     assert len(str(refused.value)) < 500
     assert time.monotonic() - start_s < 20  # bounded: a machine under load is no failure
+
+
+def test_what_is_lenient_ignores_it() -> None:
+    """The control: a grammar that is told to ignore a keyword allows what it forbids."""
+    for value, text in (
+        ({"type": "array", "uniqueItems": True, "items": {"enum": [1, 2]}}, "[1,1]"),
+        ({"not": {"type": "string"}}, '"a"'),
+        ({"type": "string", "pattern": "^(?=b)[ab]$"}, '"a"'),
+    ):
+        with pytest.raises(RequestError):
+            grammars().compile(schema(value))
+
+        assert accepts(replace(schema(value), lenient=True), text)
 
 
 @pytest.mark.parametrize(
@@ -306,6 +330,26 @@ def test_what_takes_too_long_is_refused() -> None:
     )
     with pytest.raises(RequestError, match="takes more than"):
         slow.compile(Wanted(kind="json_object"))
+
+
+def test_masks_that_take_too_long_end_their_answer() -> None:
+    """The clock is an argument: at first it stands (the control), then each look takes 50 ms."""
+    looks_s, now_s = 0.0, 0.0
+
+    def clock() -> float:
+        nonlocal now_s
+        now_s += looks_s
+        return now_s
+
+    own = Grammars(tokenizer(), vocabulary=tokenizer().vocabulary_size, now_s=clock)
+    matcher = own.compile(schema(TREE)).matcher()
+    for token in tokenizer().encode('{"name":"x', special=False):
+        assert matcher.mask(10**6)[token]
+        matcher.accept(token)
+    looks_s = 0.05
+    masks = (matcher.mask(10**6) for _ in range(20))
+    with pytest.raises(RequestError, match="take too long"):
+        list(masks)
 
 
 def test_matchers_know_nothing_of_each_other() -> None:

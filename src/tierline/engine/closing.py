@@ -9,9 +9,12 @@ enclose); and copies on one level that allow the same tokens inside the same bra
 
 That last step and the width of the search make the way short, not shortest.  What is found is
 always a way: each of its tokens was accepted, and an accepting state stands at its end.
+
+Copying and taking a token hold the interpreter's lock, for microseconds each; a mask does not.
+A search asks before every copy whether it is `late`, so its time is bounded whatever the grammar.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -74,6 +77,15 @@ class _Node:
     words: Words
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Search:
+    """How far one search goes."""
+
+    tokens_max: int
+    nodes_max: int
+    late: Callable[[], bool]
+
+
 class Closer:
     """Searches over one vocabulary."""
 
@@ -98,25 +110,30 @@ class Closer:
         return words
 
     def way(
-        self, matcher: Any, place: Place, *, tokens_max: int, nodes_max: int = NODES_MAX
+        self,
+        matcher: Any,
+        place: Place,
+        *,
+        tokens_max: int,
+        late: Callable[[], bool],
+        nodes_max: int = NODES_MAX,
     ) -> tuple[int, ...] | None:
         """A short way to an accepting state, or None when none of `tokens_max` was found."""
-        if nodes_max < NODES_MAX:
-            return self._search(matcher, place, tokens_max, nodes_max, guided=True)
-        found = self._search(matcher, place, tokens_max, nodes_max, guided=True)
-        if found is None:
-            found = self._search(matcher, place, tokens_max, nodes_max, guided=False)
+        search = Search(tokens_max=tokens_max, nodes_max=nodes_max, late=late)
+        found = self._search(matcher, place, search, guided=True)
+        if found is None and nodes_max == NODES_MAX and not late():
+            found = self._search(matcher, place, search, guided=False)
         return found
 
     def _search(
-        self, matcher: Any, place: Place, tokens_max: int, nodes_max: int, *, guided: bool
+        self, matcher: Any, place: Place, search: "Search", *, guided: bool
     ) -> tuple[int, ...] | None:
         """Level by level. `guided` takes quotes and brackets for those of JSON."""
         start = Place(in_string=place.in_string, escaped=place.escaped)
         words = self.words_of(matcher)
         level = [_Node(matcher=matcher, tokens=(), produced_bytes=0, place=start, words=words)]
-        made, beam = 0, BEAM if nodes_max == NODES_MAX else BEAM // 4
-        for _ in range(tokens_max + 1):
+        made, beam = 0, BEAM if search.nodes_max == NODES_MAX else BEAM // 4
+        for _ in range(search.tokens_max + 1):
             for node in level:
                 if node.matcher.is_accepting():
                     return node.tokens
@@ -124,13 +141,15 @@ class Closer:
             for node in level:
                 for token in self._candidates(node, guided=guided):
                     made += 1
+                    if search.late():
+                        return None
                     child = self._child(node, token)
                     if child is None:
                         continue
                     key = (child.words.tobytes(), child.place)
                     if key not in found or found[key].produced_bytes < child.produced_bytes:
                         found[key] = child
-            if not found or made > nodes_max:
+            if not found or made > search.nodes_max:
                 return None
             level = sorted(found.values(), key=_hope)[:beam]
         return None

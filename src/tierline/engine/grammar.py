@@ -11,8 +11,12 @@ make it too long (`schema_size`), and checked, not guessed: a token stays in a t
 the grammar accepts it followed by a known way to the end.  So even random weights give whole
 JSON, if the budget holds the shortest answer at all; if not, the answer ends with "length".
 
-Time and memory are bounded by llguidance's limits on lexer, parser and grammar, by limits on
-the text, and by `seconds_max`: what took longer to prepare is refused.
+Time and memory are bounded before the work: by limits on the text (`require_bounded`), and by
+llguidance's on lexer, parser and grammar, which end any one of its calls; between calls, by
+`seconds_max`.  Time is the processor's, of the thread that works: a busy machine refuses nothing.
+The library lets go of the interpreter's lock while it compiles and makes masks, so who streams
+meanwhile goes on.  A step waits for the masks of all its rows, so what one answer may take of it
+is bounded, too: `ANSWER_S`, and `TOKEN_S` a token, beyond which it ends with an error.
 
 Invariants
     INV-ENG-30  every token that a mask allows is accepted, and an answer that is over parses
@@ -20,6 +24,7 @@ Invariants
     INV-ENG-32  what the grammar library does not support is refused by name, never ignored
     INV-ENG-33  preparing a grammar takes bounded time and memory, whatever its text
     INV-ENG-34  matchers of one grammar know nothing of each other
+    INV-ENG-35  the masks of one answer take a bounded time, whatever its grammar
 """
 
 import json
@@ -39,16 +44,26 @@ import torch
 from tierline.base.errors import RequestError, SpecError
 from tierline.base.names import lookup
 from tierline.engine.closing import Closer, Place, Words, count, has, tokens_in
-from tierline.engine.schema_size import REACH_MAX_TOKENS, SchemaSize, pattern_bytes
+from tierline.engine.schema_size import (
+    REACH_MAX_TOKENS,
+    SchemaSize,
+    pattern_bytes,
+    require_bounded,
+    softened,
+)
 from tierline.engine.tokenizer import Tokenizer
 
 CACHED = 64  # compiled grammars that are kept
-BYTES_MAX = 1_000_000  # of a text
+BYTES_MAX = 256_000  # of a text; the largest schema of MaskBench's sample has 9,445
+RULES_MAX = 500
 GBNF_BYTES_MAX = 32_000  # of one that may have to be converted, in Python
 WAY_TOKENS_MAX = 1_024  # of the shortest answer, as it is looked for when compiling
 TESTED = 96  # tokens that a tight mask looks at one by one
 SEARCHED = 2  # of them, that get a search of their own
 SEARCH_NODES = 150  # copies that such a search makes
+SEARCH_S = 0.1  # of searching for one mask; what was not found by then counts as none
+ANSWER_S = 0.5  # of masks that an answer may take at once; half of it for searches
+TOKEN_S = 0.01  # of masks that it may take for each token besides
 FREE_TOKENS = 8  # to spare, for any text in a string
 JSON_REACH_TOKENS = 16
 GRAMMAR_REACH_TOKENS = 256  # of a grammar whose text does not tell
@@ -62,7 +77,7 @@ _OPTIONS = {
 }
 _LIMITS = llguidance.LLParserLimits(
     initial_lexer_fuel=300_000,
-    step_lexer_fuel=1_000_000,
+    step_lexer_fuel=200_000,  # some 14 ms
     step_max_items=20_000,
     max_lexer_states=20_000,
     verbose_errors=False,
@@ -79,6 +94,12 @@ class Wanted:
 
     kind: str  # json_object, json_schema, regex, choice, ebnf or lark
     text: str | tuple[str, ...] = ""
+    lenient: bool = False  # a schema's keywords that are not supported are left out, not refused
+
+    @property
+    def texts(self) -> tuple[str, ...]:
+        """All of its texts."""
+        return self.text if isinstance(self.text, tuple) else (self.text,)
 
 
 class Grammars:
@@ -89,26 +110,32 @@ class Grammars:
         tokenizer: Tokenizer,
         *,
         vocabulary: int,
-        seconds_max: float = 2.0,
-        now_s: Callable[[], float] = time.monotonic,
+        seconds_max: float = 1.0,
+        now_s: Callable[[], float] = time.thread_time,
     ) -> None:
-        """`vocabulary` is the width of the logits; what exceeds the tokenizer is never allowed."""
+        """`vocabulary` is the width of the logits; what exceeds the tokenizer is never allowed.
+
+        `now_s` is the processor's time of the calling thread.
+        """
         source = _Source(tokenizer, vocabulary)
         self.vocabulary = vocabulary
         library: Any = llguidance.LLTokenizer
         self._library = library(source, eos_token=source.eos_ids)
-        self._shared = Shared(source.tokens, source.special_token_ids, source.eos_ids)
+        self._shared = Shared(source.tokens, source.special_token_ids, source.eos_ids, now_s)
         self._seconds_max, self._now_s = seconds_max, now_s
         self._lock = Lock()
         self._kept: OrderedDict[Wanted, Grammar] = OrderedDict()
 
-    def compile(self, wanted: Wanted) -> "Grammar":
-        """The grammar of `wanted`; raises `RequestError` for what is wrong or not supported."""
+    def kept(self, wanted: Wanted) -> "Grammar | None":
+        """The grammar of `wanted` if it was compiled not long ago; takes no time."""
         with self._lock:
             if wanted in self._kept:
                 self._kept.move_to_end(wanted)
-                return self._kept[wanted]
-        compiled = self._compiled(wanted)
+            return self._kept.get(wanted)
+
+    def compile(self, wanted: Wanted) -> "Grammar":
+        """The grammar of `wanted`; raises `RequestError` for what is wrong or not supported."""
+        compiled = self.kept(wanted) or self._compiled(wanted)
         with self._lock:
             self._kept[wanted] = compiled
             while len(self._kept) > CACHED:
@@ -116,17 +143,17 @@ class Grammars:
         return compiled
 
     def _compiled(self, wanted: Wanted) -> "Grammar":
-        start_s = self._now_s()
-        source = _source(wanted)
+        due_s = self._now_s() + self._seconds_max
 
-        def start() -> Any:
-            return llguidance.LLMatcher(self._library, source, log_level=0, limits=_LIMITS)
+        def late() -> bool:
+            return self._now_s() > due_s
 
-        matcher = start()
-        self._try(wanted.kind, matcher.deep_copy())
+        start, matcher = self._started(wanted)
         reach_tokens = _reach_tokens(wanted)
-        way = self._shared.closer.way(matcher.deep_copy(), Place(), tokens_max=WAY_TOKENS_MAX)
-        if self._now_s() - start_s > self._seconds_max:
+        way = self._shared.closer.way(
+            matcher.deep_copy(), Place(), tokens_max=WAY_TOKENS_MAX, late=late
+        )
+        if late():
             raise RequestError(
                 f"the {_NAMES[wanted.kind]} takes more than {self._seconds_max:g} s to prepare",
                 hint="make it smaller: fewer alternatives, smaller counts of repetition",
@@ -138,6 +165,22 @@ class Grammars:
             reach_tokens=reach_tokens,
             patterned=_patterned(wanted),
         )
+
+    def check(self, wanted: Wanted) -> None:
+        """Raise `RequestError` for what is wrong or not supported; quicker than `compile`."""
+        self._started(wanted)
+        _reach_tokens(wanted)
+
+    def _started(self, wanted: Wanted) -> tuple[Callable[[], Any], Any]:
+        """What starts a matcher, and one that has proved to work."""
+        source = _source(wanted)
+
+        def start() -> Any:
+            return llguidance.LLMatcher(self._library, source, log_level=0, limits=_LIMITS)
+
+        matcher = start()
+        self._try(wanted.kind, matcher.deep_copy())
+        return start, matcher
 
     def _try(self, kind: str, probe: Any) -> None:
         """Take a step: what is too large shows in the first masks, not before."""
@@ -187,7 +230,17 @@ class Grammar:
 class Matcher:
     """Where one answer is in its grammar. One thread at a time."""
 
-    __slots__ = ("_fresh", "_grammar", "_inner", "_look_at", "_place", "_said", "_way")
+    __slots__ = (
+        "_fresh",
+        "_grammar",
+        "_inner",
+        "_left_s",
+        "_look_at",
+        "_place",
+        "_said",
+        "_search_due_s",
+        "_way",
+    )
 
     def __init__(self, grammar: Grammar, inner: Any) -> None:
         self._grammar, self._inner = grammar, inner
@@ -196,6 +249,8 @@ class Matcher:
         self._way = grammar.way  # the last one that was found
         self._fresh = True  # whether it leads out from here
         self._look_at = 1 << 62  # how many tokens are left when the way out is looked at next
+        self._left_s = ANSWER_S  # of processor time for masks
+        self._search_due_s = 0.0  # when the searches for this mask end
 
     @property
     def over(self) -> bool:
@@ -219,23 +274,28 @@ class Matcher:
     def mask(self, left_tokens: int) -> torch.Tensor:
         """[vocabulary] of booleans: what may come next, with `left_tokens` to go, it included.
 
-        Raises `RequestError` when the library's limits are exceeded at this place.
+        Raises `RequestError` when the library's limits are exceeded at this place, or when the
+        masks of this answer have taken too long.
         """
-        words = self._grammar.shared.closer.words_of(self._inner)
+        closer, now_s = self._grammar.shared.closer, self._grammar.shared.now_s
+        start_s = now_s()
+        words = closer.words_of(self._inner)
         if self._inner.is_error():
             self._renew()
-            words = self._grammar.shared.closer.words_of(self._inner)
+            words = closer.words_of(self._inner)
         if self._inner.is_error():
-            raise RequestError(
-                f"the grammar is too complex to go on: {_first_line(self._inner.get_error())}",
-                hint="make it simpler: fewer ambiguous rules, smaller counts of repetition",
-            )
+            raise _too_complex(_first_line(self._inner.get_error()))
+        self._search_due_s = now_s() + min(SEARCH_S, self._left_s - ANSWER_S / 2)
         if 0 < left_tokens <= self._look_at:
             words = self._within(words, left_tokens)
-        bits = np.unpackbits(
-            words.view(np.uint8), bitorder="little", count=len(self._grammar.shared.closer.pieces)
-        )
+        self._left_s = min(ANSWER_S, self._left_s + TOKEN_S) - (now_s() - start_s)
+        if self._left_s < 0:
+            raise _too_complex("its masks take too long")
+        bits = np.unpackbits(words.view(np.uint8), bitorder="little", count=len(closer.pieces))
         return torch.from_numpy(bits.view(np.bool_))
+
+    def _late(self) -> bool:
+        return self._grammar.shared.now_s() > self._search_due_s
 
     def _renew(self) -> None:
         """Come here again on a start of its own: what failed may have been another's doing."""
@@ -264,7 +324,9 @@ class Matcher:
             closer = self._grammar.shared.closer
             self._way = next((end for end in ends if self._leads_out(end)), None)
             if self._way is None:
-                self._way = closer.way(self._inner.deep_copy(), self._place, tokens_max=left_tokens)
+                self._way = closer.way(
+                    self._inner.deep_copy(), self._place, tokens_max=left_tokens, late=self._late
+                )
             self._fresh = True
         return self._way if self._way is not None and len(self._way) <= left_tokens else None
 
@@ -312,7 +374,9 @@ class Matcher:
         if not matcher.consume_token(token):
             return False
         place = self._place.after(closer.pieces[token])
-        way = closer.way(matcher, place, tokens_max=left_tokens, nodes_max=SEARCH_NODES)
+        way = closer.way(
+            matcher, place, tokens_max=left_tokens, late=self._late, nodes_max=SEARCH_NODES
+        )
         return way is not None
 
     def _in_free_string(self, words: Words, way: tuple[int, ...], left_tokens: int) -> bool:
@@ -332,9 +396,13 @@ class Shared:
     """What all grammars of a tokenizer share."""
 
     def __init__(
-        self, pieces: Sequence[bytes], special: Sequence[int], eos_ids: Sequence[int]
+        self,
+        pieces: Sequence[bytes],
+        special: Sequence[int],
+        eos_ids: Sequence[int],
+        now_s: Callable[[], float],
     ) -> None:
-        self.closer = Closer(pieces)
+        self.closer, self.now_s = Closer(pieces), now_s
         self.eos_ids = tuple(eos_ids)
         self.structural = frozenset(int(t) for t in self.closer.tried)
         self.plain = np.zeros(-(-len(pieces) // 32), dtype=np.uint32)  # leave a string a string
@@ -410,17 +478,16 @@ class _Source:
 def _source(wanted: Wanted) -> str:
     """The grammar in the library's own form."""
     make = lookup("kind of grammar", wanted.kind, _SOURCES, error=RequestError)
-    texts = wanted.text if isinstance(wanted.text, tuple) else (wanted.text,)
-    size = sum(len(text.encode(errors="replace")) for text in texts)
+    size = sum(len(text.encode(errors="replace")) for text in wanted.texts)
     name, size_max = _NAMES[wanted.kind], GBNF_BYTES_MAX if wanted.kind == "ebnf" else BYTES_MAX
     if size > size_max:
         raise RequestError(
             f"the {name} has {size} bytes", hint=f"at most {size_max} bytes are taken"
         )
     try:
-        for text in texts:
+        for text in wanted.texts:
             text.encode()
-        return str(make(texts))
+        return str(make(wanted))
     except UnicodeError:
         raise RequestError(
             f"the {name} is not valid Unicode", hint="remove unpaired surrogates"
@@ -429,13 +496,13 @@ def _source(wanted: Wanted) -> str:
         raise RequestError(f"the {name} is nested too deeply", hint="nest less") from None
 
 
-def _json_object(_: tuple[str, ...]) -> str:
-    return _json_schema(('{"type":"object"}',))
+def _json_object(_: Wanted) -> str:
+    return _json_schema(Wanted(kind="json_schema", text='{"type":"object"}'))
 
 
-def _json_schema(texts: tuple[str, ...]) -> str:
+def _json_schema(wanted: Wanted) -> str:
     try:
-        schema = json.loads(texts[0])
+        schema = json.loads(wanted.texts[0])
     except ValueError as error:
         raise RequestError(f"the schema is not JSON: {error}", hint="send it as JSON") from None
     if schema is False:
@@ -444,31 +511,48 @@ def _json_schema(texts: tuple[str, ...]) -> str:
         raise RequestError("the schema is not an object or boolean", hint="send a JSON schema")
     if isinstance(schema, dict) and "x-guidance" in schema:
         raise RequestError("the schema has x-guidance", hint="remove it: options are the server's")
-    text = "{}" if schema is True else texts[0]
+    require_bounded(schema)
+    text = "{}" if schema is True else wanted.texts[0]
+    options = _OPTIONS
+    if wanted.lenient:
+        text, options = json.dumps(softened(json.loads(text))), {**_OPTIONS, "lenient": True}
     library: Any = llguidance.LLMatcher
-    return str(library.grammar_from_json_schema(text, overrides=_OPTIONS))
+    try:
+        return str(library.grammar_from_json_schema(text, overrides=options))
+    except ValueError as error:  # what Python reads as JSON and the library does not
+        deep = "recursion limit" in str(error)
+        raise RequestError(
+            "the schema is nested too deeply" if deep else f"the schema is not JSON: {error}",
+            hint="nest less" if deep else "send it as JSON",
+        ) from None
 
 
-def _regex(texts: tuple[str, ...]) -> str:
-    return str(llguidance.LLMatcher.grammar_from_regex(texts[0]))
+def _regex(wanted: Wanted) -> str:
+    return str(llguidance.LLMatcher.grammar_from_regex(wanted.texts[0]))
 
 
-def _choice(texts: tuple[str, ...]) -> str:
-    if not texts:
+def _choice(wanted: Wanted) -> str:
+    if not wanted.texts:
         raise RequestError("the choice is empty", hint="name at least one text")
-    return _regex(("|".join(f"(?:{_quoted(text)})" for text in texts),))
+    pattern = "|".join(f"(?:{_quoted(text)})" for text in wanted.texts)
+    return str(llguidance.LLMatcher.grammar_from_regex(pattern))
 
 
 def _quoted(text: str) -> str:
     return re.sub(r"([^\w\s])", lambda found: f"\\x{{{ord(found[1]):x}}}", text)
 
 
-def _ebnf(texts: tuple[str, ...]) -> str:
-    text = texts[0]
+def _ebnf(wanted: Wanted) -> str:
+    text = wanted.texts[0]
+    if re.search(r"%json\s*\{", text):
+        raise RequestError("the grammar holds %json", hint="ask for a JSON schema as one")
     if llguidance.gbnf_to_lark.is_lark_syntax(text):
-        return _lark(texts)
+        _require_rules(text)
+        return _lark(wanted)
     try:
-        return _lark((llguidance.gbnf_to_lark.gbnf_to_lark(text),))
+        lark = llguidance.gbnf_to_lark.gbnf_to_lark(text)
+        _require_rules(lark)
+        return _lark(Wanted(kind="lark", text=lark))
     except (ValueError, LookupError, llguidance.gbnf_to_lark.GbnfToLarkError) as error:
         raise RequestError(
             f"the grammar is not GBNF: {_first_line(str(error))}",
@@ -476,11 +560,18 @@ def _ebnf(texts: tuple[str, ...]) -> str:
         ) from None
 
 
-def _lark(texts: tuple[str, ...]) -> str:
-    return str(llguidance.LLMatcher.grammar_from_lark(texts[0]))
+def _require_rules(lark: str) -> None:
+    """Rules are followed by recursion: a chain of 4,000 overflows the library's stack."""
+    rules = sum(":" in line for line in lark.splitlines())  # or a few more
+    if rules > RULES_MAX:
+        raise RequestError(f"the grammar has {rules} rules", hint=f"at most {RULES_MAX} are taken")
 
 
-_SOURCES: dict[str, Callable[[tuple[str, ...]], str]] = {
+def _lark(wanted: Wanted) -> str:
+    return str(llguidance.LLMatcher.grammar_from_lark(wanted.texts[0]))
+
+
+_SOURCES: dict[str, Callable[[Wanted], str]] = {
     "json_object": _json_object,
     "json_schema": _json_schema,
     "regex": _regex,
@@ -501,16 +592,14 @@ _NAMES = {
 def _reach_tokens(wanted: Wanted) -> int:
     """By how much one token lengthens the way out, at most; raises when there is none."""
     if wanted.kind == "json_schema":
-        assert isinstance(wanted.text, str)
-        size = SchemaSize(json.loads(wanted.text))
+        size = SchemaSize(json.loads(wanted.texts[0]))
         if not size.finite:
             raise _endless(wanted.kind)
         return size.reach_tokens()
     if wanted.kind == "choice":
-        return max(len(text.encode()) for text in wanted.text)
+        return max(len(text.encode()) for text in wanted.texts)
     if wanted.kind == "regex":
-        assert isinstance(wanted.text, str)
-        return min(pattern_bytes(wanted.text), REACH_MAX_TOKENS)
+        return min(pattern_bytes(wanted.texts[0]), REACH_MAX_TOKENS)
     return JSON_REACH_TOKENS if wanted.kind == "json_object" else GRAMMAR_REACH_TOKENS
 
 
@@ -518,7 +607,7 @@ def _patterned(wanted: Wanted) -> bool:
     """Whether what stands between quotes may have to follow a pattern."""
     if wanted.kind != "json_schema":
         return wanted.kind != "json_object"
-    return re.search(r'"(pattern|format|patternProperties)"\s*:', str(wanted.text)) is not None
+    return re.search(r'"(pattern|format|patternProperties)"\s*:', wanted.texts[0]) is not None
 
 
 # What is said of a grammar that cannot be used.
@@ -528,6 +617,13 @@ def _endless(kind: str) -> RequestError:
     return RequestError(
         f"no text of finite length matches the {_NAMES[kind]}",
         hint="recursion needs a way out: make a property optional, or allow null",
+    )
+
+
+def _too_complex(reason: str) -> RequestError:
+    return RequestError(
+        f"the grammar is too complex to go on: {reason}",
+        hint="make it simpler: fewer ambiguous rules, smaller counts of repetition",
     )
 
 

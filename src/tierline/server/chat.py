@@ -33,7 +33,7 @@ from tierline.server.errors import ApiError
 from tierline.server.service import Answering, Work
 from tierline.server.shapes import ChatAsked, Message, ToolChosen
 from tierline.server.sse import ClientWatch, EventStream
-from tierline.server.structured import compiled, wanted_of
+from tierline.server.structured import compiled, form_of, form_of_tools
 from tierline.server.tools import (
     CallArguments,
     CallStart,
@@ -113,20 +113,18 @@ async def conversation_of(call: Call, asked: ChatAsked) -> Conversation:
     calls = call.server.tools if tools and choice.kind != "none" else None
     prompt = await _prompt(call, asked, tools if choice.kind != "none" else ())
     require_length(call, len(prompt), param="messages")
-    wanted = wanted_of(asked.response_format, asked.structured_outputs)
-    structured = wanted.kind if wanted else ""
+    form = form_of(asked.response_format, asked.structured_outputs)
     if calls is not None:
-        forced = calls.wanted(tools, choice)
-        if wanted is not None and choice.kind in ("required", "function"):
+        if form is not None and choice.kind in ("required", "function"):
+            param = "structured_outputs" if asked.structured_outputs else "response_format"
             raise ApiError(
                 400,
-                "tool_choice asks for a call, and response_format for something else",
+                f"tool_choice asks for a call, and {param} for something else",
                 code="invalid_value",
-                param="response_format",
+                param=param,
                 hint="ask for one of them",
             )
-        if wanted is None and forced is not None:
-            wanted, structured = forced, "tools"
+        form = form or form_of_tools(calls, tools, choice)
     most = asked.max_completion_tokens or asked.max_tokens
     params = sampling_of(
         asked,
@@ -137,8 +135,8 @@ async def conversation_of(call: Call, asked: ChatAsked) -> Conversation:
     return Conversation(
         prompt=prompt,
         params=params,
-        grammar=await compiled(call.server, wanted),
-        structured=structured,
+        grammar=await compiled(call.server, form, asked),
+        structured=form.kind if form else "",
         tools=tools,
         calls=calls,
     )

@@ -24,7 +24,7 @@ from tierline.server.errors import ApiError
 from tierline.server.service import Answering, Work
 from tierline.server.shapes import CompletionAsked
 from tierline.server.sse import ClientWatch, EventStream
-from tierline.server.structured import compiled, wanted_of
+from tierline.server.structured import compiled, form_of
 
 DEFAULT_TOKENS = 16  # OpenAI's
 
@@ -32,7 +32,7 @@ DEFAULT_TOKENS = 16  # OpenAI's
 async def completions(call: Call, asked: CompletionAsked) -> None:
     """Handle one request."""
     texts, prompts = await _prompts(call, asked)
-    wanted = wanted_of(None, asked.structured_outputs)
+    form = form_of(None, asked.structured_outputs)
     params = sampling_of(
         asked, max_tokens=asked.max_tokens or DEFAULT_TOKENS, logprobs=asked.logprobs
     )
@@ -54,13 +54,13 @@ async def completions(call: Call, asked: CompletionAsked) -> None:
         params=params,
         stream=bool(asked.stream),
         answers=len(prompts) * params.n,
-        structured=wanted.kind if wanted else "",
+        structured=form.kind if form else "",
     )
     work = Work(
         life=life,
         prompts=prompts,
         params=params,
-        grammar=await compiled(call.server, wanted),
+        grammar=await compiled(call.server, form, asked),
         ttft_s=served.ttft_s,
         itl_s=served.itl_s,
         deadline_s=served.deadline_s,
@@ -160,20 +160,28 @@ def _logprobs(
     tokenizer: Tokenizer, scored: Sequence[TokenLogprob], offset: int
 ) -> dict[str, list[Any]]:
     """The columns of the old format; offsets are characters from the start of the text."""
-    tokens = [tokenizer.token_text(entry.token) for entry in scored]
     offsets = []
-    for text in tokens:
+    for entry in scored:
         offsets.append(offset)
-        offset += len(text)
+        offset += len(tokenizer.token_text(entry.token))
     return {
-        "tokens": tokens,
+        "tokens": [token_name(tokenizer, entry.token) for entry in scored],
         "token_logprobs": [finite(entry.logprob) for entry in scored],
         "top_logprobs": [
-            {tokenizer.token_text(token): finite(value) for token, value in entry.top}
+            {token_name(tokenizer, token): finite(value) for token, value in entry.top}
             for entry in scored
         ],
         "text_offset": offsets,
     }
+
+
+def token_name(tokenizer: Tokenizer, token: int) -> str:
+    """Its text, or, as OpenAI has it, the bytes of a token that is a part of a character."""
+    piece = tokenizer.token_bytes(token)
+    try:
+        return piece.decode()
+    except UnicodeDecodeError:
+        return "bytes:" + "".join(f"\\x{byte:02x}" for byte in piece)
 
 
 async def _stream(
@@ -249,7 +257,8 @@ class Chunks:
         if self._tokenizer is None or not delta.logprobs:
             return None
         scored = _logprobs(self._tokenizer, delta.logprobs, self._offsets[index])
-        self._offsets[index] += sum(map(len, scored["tokens"]))
+        texts = (self._tokenizer.token_text(entry.token) for entry in delta.logprobs)
+        self._offsets[index] += sum(map(len, texts))
         return scored
 
     def _chunk(

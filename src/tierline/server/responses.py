@@ -247,7 +247,18 @@ def _text(content: str | list[InputPart] | None) -> str:
 
 
 # What a chat calls otherwise, where a refusal names it.
-OWN_NAMES = {"messages": "input", "response_format": "text.format"}
+OWN_NAMES = {
+    "messages": "input",
+    "response_format": "text.format",
+    "response_format.json_schema.schema": "text.format.schema",
+}
+
+
+def own_name(param: str) -> str:
+    """A chat's parameter as this endpoint knows it."""
+    if param.startswith("tools."):
+        return param.replace(".function.", ".")
+    return OWN_NAMES.get(param, param)
 
 
 # --- what is answered -----------------------------------------------------------------------
@@ -259,7 +270,7 @@ async def responses(call: Call, asked: ResponsesAsked) -> None:
         chat = as_chat(asked)
         conversation = await conversation_of(call, chat)
     except ApiError as error:
-        error.param = error.param and OWN_NAMES.get(error.param, error.param)
+        error.param = error.param and own_name(error.param)
         raise
     served = served_as(call, chat, tier=asked.service_tier)
     life = life_of(

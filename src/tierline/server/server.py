@@ -3,9 +3,10 @@
 `serve` builds one, `app` hangs it on the application, endpoints find it there.
 """
 
+import asyncio
 import hmac
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from starlette.requests import Request
 
@@ -53,6 +54,7 @@ class Server:
     started_s: float  # Unix time
     clock_s: Callable[[], float]  # likewise, now
     new_id: Callable[[], str]  # 24 characters that no other request has
+    compiling: asyncio.Lock = field(default_factory=asyncio.Lock)  # one grammar at a time
 
     @property
     def model(self) -> str:

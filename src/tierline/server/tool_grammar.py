@@ -10,8 +10,8 @@ on only a call is possible. Where a mark is a special token of the vocabulary, b
 and its letters begin a call.
 
 White space inside calls is bounded, or a weak model fills an answer with it. A schema's keywords
-that llguidance does not know are left out, unless the tool is strict: then compiling fails and
-names them.
+that llguidance does not know, and patterns with look-around, are left out, unless the tool is
+strict: then compiling fails and names them.
 
 Invariants
     INV-SRV-32  a call within the grammar is of an offered tool, with arguments that its schema
@@ -24,6 +24,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from tierline.base.errors import RequestError
+from tierline.engine.schema_size import softened
 from tierline.server.tool_parser import CALL, CALL_END, NAME_MAX, PYTHON_TAG, VALUE_END
 from tierline.server.tool_slots import Schema, Slot, closed, slots, written
 
@@ -206,7 +207,8 @@ def _other_names(rule: str, known: Mapping[str, Slot]) -> str:
 
 def _guided(schema: Schema, *, strict: bool) -> dict[str, Any]:
     """The schema with what llguidance should do about white space and unknown keywords."""
-    return {**schema, "x-guidance": {"whitespace_pattern": SPACE, "lenient": not strict}}
+    guided = schema if strict else softened(schema)
+    return {**guided, "x-guidance": {"whitespace_pattern": SPACE, "lenient": not strict}}
 
 
 def _check_name(name: str, kind: str) -> None:
