@@ -5,7 +5,7 @@ import json
 import re
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from importlib import resources
 from itertools import pairwise
@@ -13,13 +13,15 @@ from pathlib import Path
 
 import httpx
 import pytest
+from starlette.requests import Request
 
 from engines import tiny_engine
 from recorded import Arrival, life_of, record
 from servers import Served, engine_of, served
 from tierline.base.clock import PS_PER_S
 from tierline.engine.engine import Engine
-from tierline.server.dashboard_life import WORDS, life_view, stretches
+from tierline.server import dashboard
+from tierline.server.dashboard_life import WORDS, Stretch, life_view, stretches
 from tierline.server.dashboard_models import models_view
 from tierline.server.dashboard_now import PERCENTILES, now_view
 from tierline.server.dashboard_pages import PAGES, code, embedded, fragment
@@ -182,13 +184,28 @@ def test_every_life_is_covered_by_its_stretches(recording):
     for life in seen.past:
         parts = stretches(life, seen.now_ps)
 
-        assert parts[0].start_ps == life.arrival_ps
-        assert parts[-1].end_ps == life.finished_ps
-        assert all(a.end_ps == b.start_ps for a, b in pairwise(parts))
+        assert covers(parts, life)
         assert {part.kind for part in parts} <= set(WORDS)
         assert parts[-1].kind == "decode"
         prompt = next(part for part in parts if part.kind == "prompt")
         assert prompt.start_ps == life.admitted_ps
+
+
+def covers(parts: Sequence[Stretch], life: Life) -> bool:
+    ends = parts[0].start_ps == life.arrival_ps and parts[-1].end_ps == life.finished_ps
+    return ends and all(a.end_ps == b.start_ps for a, b in pairwise(parts))
+
+
+def test_a_hole_in_a_life_would_be_seen(recording):
+    """The control: any stretch that is left out, or ends too early."""
+    seen, _ = recording
+    for life in seen.past:
+        parts = stretches(life, seen.now_ps)
+        for i, part in enumerate(parts):
+            shorter = part._replace(end_ps=part.end_ps - 1)
+
+            assert not covers([*parts[:i], shorter, *parts[i + 1 :]], life)
+            assert len(parts) == 1 or not covers([*parts[:i], *parts[i + 1 :]], life)
 
 
 def lived(*events: tuple[str, int, int], first: int | None, end: int | None) -> Life:
@@ -398,24 +415,40 @@ def test_a_request_is_there_while_it_runs_and_afterwards(open_server):
         assert client.get("/dashboard/requests/nobody").status_code == 404
 
 
-def test_events_say_what_the_page_says(open_server):
-    """INV-SRV-50."""
-    with httpx.Client(base_url=open_server.url, timeout=30) as client:
+def unsaid(url: str) -> set[str]:
+    """Places of the page of which its events say nothing, or the other way round."""
+    with httpx.Client(base_url=url, timeout=30) as client:
         page = client.get("/dashboard").text
         with client.stream("GET", "/dashboard/events") as answer:
             lines = answer.iter_lines()
             name, data = next(lines), next(lines)
-    view = json.loads(data.removeprefix("data: "))
+            assert answer.headers["content-type"].startswith("text/event-stream")
+    said = json.loads(data.removeprefix("data: "))["said"]
+    first = json.loads(re.search(r'id="first">(.*?)</script>', page)[1])["said"]
 
     assert name == "event: now"
-    assert answer.headers["content-type"].startswith("text/event-stream")
-    places = set(re.findall(r'data-said="([^"]+)"', page))
-    assert places <= set(view["said"])
-    assert view["said"]["interactive requests"][0] in page
-    assert (
-        json.loads(re.search(r'id="first">(.*?)</script>', page)[1])["said"].keys()
-        == view["said"].keys()
+    assert said["interactive requests"][0] in page
+    return (set(re.findall(r'data-said="([^"]+)"', page)) - said.keys()) | (
+        first.keys() ^ said.keys()
     )
+
+
+def test_events_say_what_the_page_says(open_server):
+    """INV-SRV-50."""
+    assert unsaid(open_server.url) == set()
+
+
+def test_events_that_say_less_would_be_seen(open_server, monkeypatch):
+    """The control."""
+
+    told = dashboard._told
+
+    def less(request: Request) -> bytes:
+        return told(request).replace(b'"answer":', b'"another":')
+
+    monkeypatch.setattr(dashboard, "_told", less)
+
+    assert unsaid(open_server.url) == {"answer", "another"}
 
 
 def test_a_server_that_stops_ends_its_watchers_without_a_complaint(engine, caplog):

@@ -224,7 +224,7 @@ def test_steps_and_memory() -> None:
         )
     metrics.kv("device", used=30, cached=50, free=20, evicted=7)
     metrics.kv("host", used=1, cached=0, free=0, evicted=0)
-    metrics.standing(streams_open=4, streams_stalled=1, usage_records_pending=3, ready=True)
+    metrics.standing(streams_open=4, usage_records_pending=3, ready=True)
 
     assert value(metrics, "vllm:num_requests_waiting") == 2
     assert value(metrics, "vllm:num_requests_running") == 22
@@ -235,7 +235,7 @@ def test_steps_and_memory() -> None:
     assert value(metrics, "vllm:kv_cache_usage_perc") == 0.3
     assert value(metrics, "tierline:kv_blocks", tier="device", state="cached") == 50
     assert value(metrics, "tierline:kv_evicted_blocks_total", tier="device") == 7
-    assert value(metrics, "tierline:streams_stalled") == 1
+    assert value(metrics, "tierline:streams_open") == 4
     assert value(metrics, "tierline:build_info", version="1.2.3") == 1
 
 

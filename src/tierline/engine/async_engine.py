@@ -10,6 +10,7 @@ When the thread ends, by `stop` or by a bug, everybody who waits is told, and wh
 
 Invariants
     INV-ENG-5  nobody waits for an engine that has ended
+    INV-SRV-4  the engine's thread waits for no client
 """
 
 import asyncio

@@ -181,7 +181,6 @@ async def metrics(request: Request) -> Response:
         recorder.metrics.idle()
     recorder.metrics.standing(
         streams_open=door.streams_open,
-        streams_stalled=door.streams_stalled,
         usage_records_pending=server.state.waiting,
         ready=not server.not_ready,
     )

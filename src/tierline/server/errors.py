@@ -1,4 +1,7 @@
-"""Refusals in OpenAI's shape: what was wrong, which parameter, and what to do instead."""
+"""Refusals in OpenAI's shape: what was wrong, which parameter, and what to do instead.
+
+INV-SRV-7  no text of a prompt is in a refusal or a metric
+"""
 
 import math
 from collections.abc import Mapping

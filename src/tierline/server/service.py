@@ -8,6 +8,9 @@ ends its life with one outcome and hands its usage record to the state.
         while some := await answering.some():
             ...                          # deltas, each with the number of its choice
         await answering.finish()         # the record is kept: the last bytes may go out
+
+    INV-SRV-2  a greedy answer through the server is the engine's own
+    INV-SRV-3  the books agree, and who has left holds nothing
 """
 
 import asyncio
@@ -60,7 +63,7 @@ class Service:
         self.open_max = open_max
         self.draining = False
         self.stopping = False  # and not to be undone
-        self.streams_open = self.streams_stalled = 0
+        self.streams_open = 0
         self._failure_logged = False
 
     @property
@@ -179,7 +182,6 @@ class Service:
         if life.outcome:
             return
         if isinstance(error, Stalled):
-            self.streams_stalled += 1
             self.end(life, "stalled", "its client stopped reading")
         elif isinstance(error, (ClientGone, asyncio.CancelledError, GeneratorExit)):
             self.end(life, "cancelled", "its client went away")

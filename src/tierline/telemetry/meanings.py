@@ -113,7 +113,6 @@ MEANINGS = (
         ("tier", "state"),
     ),
     _gauge("tierline:streams_open", "Answers that are being streamed.", "1"),
-    _gauge("tierline:streams_stalled", "Streams whose client does not read just now.", "1"),
     _gauge("tierline:usage_records_pending", "Usage records not yet safe on the disk.", "1"),
     _gauge("tierline:ready", "1 while requests are taken, 0 while draining or starting.", "1"),
     _gauge("tierline:build_info", "Always 1; the label says the version.", labels=("version",)),

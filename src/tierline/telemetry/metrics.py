@@ -242,12 +242,9 @@ class Metrics:
         refusals = self._numbers["tierline:refusals_total"]
         refusals[self._known(refusals, str(status))] += 1
 
-    def standing(
-        self, *, streams_open: int, streams_stalled: int, usage_records_pending: int, ready: bool
-    ) -> None:
+    def standing(self, *, streams_open: int, usage_records_pending: int, ready: bool) -> None:
         """How things stand; called before an exposition."""
         self._set("tierline:streams_open", streams_open)
-        self._set("tierline:streams_stalled", streams_stalled)
         self._set("tierline:usage_records_pending", usage_records_pending)
         self._set("tierline:ready", ready)
 
