@@ -5,10 +5,10 @@ that are there anyway, the chunks of the step, and what the scheduler noted sinc
 """
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 
-@dataclass(frozen=True, slots=True)
-class Note:
+class Note(NamedTuple):
     """What the scheduler decided about a request, and why, in its own words."""
 
     at_ps: int
