@@ -15,10 +15,12 @@ from tierline.server.answers import (
     DONE,
     FINISH_REASONS,
     chat_logprobs,
-    event,
     failed,
+    failed_chunk,
+    last_chunk,
     require_whole,
     service,
+    stream_to,
     usage,
 )
 from tierline.server.calls import (
@@ -30,9 +32,10 @@ from tierline.server.calls import (
     served_as,
 )
 from tierline.server.errors import ApiError
+from tierline.server.life import Life
 from tierline.server.service import Answering, Work
 from tierline.server.shapes import ChatAsked, Message, ToolChosen
-from tierline.server.sse import ClientWatch, EventStream
+from tierline.server.sse import ClientWatch
 from tierline.server.structured import compiled, form_of, form_of_tools
 from tierline.server.tools import (
     CallArguments,
@@ -88,7 +91,8 @@ async def chat(call: Call, asked: ChatAsked) -> None:
     )
     async with call.server.service.answer(work) as answering:
         if asked.stream:
-            await _stream(call, asked, conversation, answering)
+            chunks = Chunks(call, asked, conversation, answering.life)
+            await stream_to(call, chunks, answering)
         else:
             async with ClientWatch(call.receive):
                 body = await _whole(call, asked, conversation, answering)
@@ -326,43 +330,17 @@ def _message(turn: Turn, call: Call) -> dict[str, Any]:
 # --- an answer as it comes ------------------------------------------------------------------
 
 
-async def _stream(
-    call: Call, asked: ChatAsked, conversation: Conversation, answering: Answering
-) -> None:
-    """Chunks as the engine makes them; an error before the first is an ordinary answer."""
-    life, settings = answering.life, call.server.settings
-    chunks = Chunks(call, asked, conversation, answering)
-    door = call.server.service
-    async with EventStream(call.send, call.receive, stalled_s=settings.stalled_s) as stream:
-        some = await answering.some()
-        require_whole(some)
-        door.streams_open += 1
-        try:
-            await stream.start((b"x-request-id", life.id.encode()))
-            await stream.write(chunks.begin() + chunks.of(some))
-            while some := await answering.some():
-                await stream.write(chunks.of(some))
-            await answering.finish(chunks.outcome)
-            await stream.close(chunks.end())
-        except ApiError as error:  # too late for a status
-            await stream.close(event({"error": error.error}) + DONE)
-            raise
-        finally:
-            door.streams_open -= 1
-
-
 class Chunks:
     """The events of one streamed chat."""
 
     def __init__(
-        self, call: Call, asked: ChatAsked, conversation: Conversation, answering: Answering
+        self, call: Call, asked: ChatAsked, conversation: Conversation, life: Life
     ) -> None:
-        self._call, self._asked, self._life = call, asked, answering.life
+        self._call, self._asked, self._life = call, asked, life
         tools, calls = conversation.tools, conversation.calls
-        self._parsers = [calls.parser(tools) if calls else None for _ in range(self._life.answers)]
-        self._called = [False] * self._life.answers
+        self._parsers = [calls.parser(tools) if calls else None for _ in range(life.answers)]
+        self._called = [False] * life.answers
         self._usage = asked.stream_options is not None and asked.stream_options.include_usage
-        life = self._life
         head = {
             "id": life.id,
             "object": "chat.completion.chunk",
@@ -460,10 +438,11 @@ class Chunks:
 
     def end(self) -> bytes:
         """What it used, if that was asked for, and the end."""
-        if not self._usage:
-            return DONE
-        last = orjson.dumps({"choices": [], "usage": usage(self._life)})
-        return self._head + b"," + last[1:] + b"\n\n" + DONE
+        return last_chunk(self._head, self._life) if self._usage else DONE
+
+    def failed(self, error: ApiError) -> bytes:
+        """The end of a stream that cannot go on."""
+        return failed_chunk(error)
 
 
 ENDPOINT = Endpoint(ChatAsked, chat)

@@ -11,19 +11,22 @@ from tierline.engine.tokenizer import Tokenizer
 from tierline.server.answers import (
     DONE,
     FINISH_REASONS,
-    event,
     failed,
+    failed_chunk,
     finite,
+    last_chunk,
     require_whole,
     service,
+    stream_to,
     usage,
 )
 from tierline.server.calls import Call, Endpoint, life_of, require_length, sampling_of, served_as
 from tierline.server.chat import LONG_CHARACTERS
 from tierline.server.errors import ApiError
+from tierline.server.life import Life
 from tierline.server.service import Answering, Work
 from tierline.server.shapes import CompletionAsked
-from tierline.server.sse import ClientWatch, EventStream
+from tierline.server.sse import ClientWatch
 from tierline.server.structured import compiled, form_of
 
 DEFAULT_TOKENS = 16  # OpenAI's
@@ -68,7 +71,8 @@ async def completions(call: Call, asked: CompletionAsked) -> None:
     echoed = [text if asked.echo else "" for text in texts for _ in range(params.n)]
     async with call.server.service.answer(work) as answering:
         if asked.stream:
-            await _stream(call, asked, echoed, answering)
+            chunks = Chunks(call, asked, echoed, answering.life)
+            await stream_to(call, chunks, answering)
         else:
             async with ClientWatch(call.receive):
                 body = await _whole(call, asked, echoed, answering)
@@ -184,38 +188,15 @@ def token_name(tokenizer: Tokenizer, token: int) -> str:
         return "bytes:" + "".join(f"\\x{byte:02x}" for byte in piece)
 
 
-async def _stream(
-    call: Call, asked: CompletionAsked, echoed: Sequence[str], answering: Answering
-) -> None:
-    """Chunks as the engine makes them; an error before the first is an ordinary answer."""
-    door, life = call.server.service, answering.life
-    chunks = Chunks(call, asked, echoed, answering)
-    stalled_s = call.server.settings.stalled_s
-    async with EventStream(call.send, call.receive, stalled_s=stalled_s) as stream:
-        some = await answering.some()
-        require_whole(some)
-        door.streams_open += 1
-        try:
-            await stream.start((b"x-request-id", life.id.encode()))
-            await stream.write(chunks.begin() + chunks.of(some))
-            while some := await answering.some():
-                await stream.write(chunks.of(some))
-            await answering.finish()
-            await stream.close(chunks.end())
-        except ApiError as error:  # too late for a status
-            await stream.close(event({"error": error.error}) + DONE)
-            raise
-        finally:
-            door.streams_open -= 1
-
-
 class Chunks:
     """The events of one streamed completion."""
 
+    outcome = None  # the engine's
+
     def __init__(
-        self, call: Call, asked: CompletionAsked, echoed: Sequence[str], answering: Answering
+        self, call: Call, asked: CompletionAsked, echoed: Sequence[str], life: Life
     ) -> None:
-        life = self._life = answering.life
+        self._life = life
         self._echoed = echoed
         self._offsets = [len(text) for text in echoed]
         scored = asked.logprobs is not None
@@ -275,10 +256,11 @@ class Chunks:
 
     def end(self) -> bytes:
         """What it used, if that was asked for, and the end."""
-        if not self._usage:
-            return DONE
-        last = orjson.dumps({"choices": [], "usage": usage(self._life)})
-        return self._head + b"," + last[1:] + b"\n\n" + DONE
+        return last_chunk(self._head, self._life) if self._usage else DONE
+
+    def failed(self, error: ApiError) -> bytes:
+        """The end of a stream that cannot go on."""
+        return failed_chunk(error)
 
 
 ENDPOINT = Endpoint(CompletionAsked, completions)

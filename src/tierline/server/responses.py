@@ -18,12 +18,13 @@ from tierline.server.answers import (
     failed,
     require_whole,
     service,
+    stream_to,
 )
 from tierline.server.calls import Call, Endpoint, life_of, served_as
 from tierline.server.chat import Conversation, conversation_of
 from tierline.server.errors import ApiError, malformed
 from tierline.server.life import Life
-from tierline.server.service import Answering, Work
+from tierline.server.service import Work
 from tierline.server.shapes import (
     MESSAGES_MAX,
     TOOLS_MAX,
@@ -36,7 +37,7 @@ from tierline.server.shapes import (
     Shape,
     StreamOptions,
 )
-from tierline.server.sse import ClientWatch, EventStream
+from tierline.server.sse import ClientWatch
 from tierline.server.tools import CallArguments, CallEnd, CallStart, Piece, TextPiece
 
 # --- what may be asked ----------------------------------------------------------------------
@@ -297,7 +298,7 @@ async def responses(call: Call, asked: ResponsesAsked) -> None:
     async with call.server.service.answer(work) as answering:
         told = Telling(call, asked, conversation, life)
         if asked.stream:
-            await _stream(call, told, answering)
+            await stream_to(call, told, answering)
             return
         async with ClientWatch(call.receive):
             while some := await answering.some():
@@ -305,27 +306,6 @@ async def responses(call: Call, asked: ResponsesAsked) -> None:
                 told.of(some)
             await answering.finish(told.outcome)
         await call.answer(orjson.dumps(told.response()), (b"x-request-id", life.id.encode()))
-
-
-async def _stream(call: Call, told: "Telling", answering: Answering) -> None:
-    """Events as the engine makes tokens; an error before the first is an ordinary answer."""
-    door, stalled_s = call.server.service, call.server.settings.stalled_s
-    async with EventStream(call.send, call.receive, stalled_s=stalled_s) as stream:
-        some = await answering.some()
-        require_whole(some)
-        door.streams_open += 1
-        try:
-            await stream.start((b"x-request-id", answering.life.id.encode()))
-            await stream.write(told.begin() + told.of(some))
-            while some := await answering.some():
-                await stream.write(told.of(some))
-            await answering.finish(told.outcome)
-            await stream.close(told.end())
-        except ApiError as error:  # too late for a status
-            await stream.close(told.failed(error))
-            raise
-        finally:
-            door.streams_open -= 1
 
 
 @dataclass(slots=True)
