@@ -4,10 +4,12 @@ from typing import Any
 
 import jsonschema
 import pytest
+import torch
 
 from engines import finish, tiny_engine
+from tierline.engine import closing
 from tierline.engine.engine import Engine
-from tierline.engine.grammar import Grammars
+from tierline.engine.grammar import Grammar, Grammars
 from tierline.engine.sampling import SamplingParams
 from tierline.server.tools import Choice, Tool, tool_format
 from tiny_checkpoints import tiny_checkpoint
@@ -87,15 +89,59 @@ def valid(form: str, text: str) -> list[tuple[str, Any]]:
     return calls
 
 
-# A budget closes calls of JSON; one more call of qwen3_coder's may be cut, and is not asked for.
-@pytest.mark.parametrize(
-    ("form", "parallel"), [*((form, False) for form in FORMATS), ("hermes", True)]
-)
+@pytest.mark.parametrize("parallel", [False, True])
+@pytest.mark.parametrize("form", FORMATS)
 def test_a_required_call_is_made(engine: Engine, form: str, parallel: bool) -> None:
     answers = said(engine, form, Choice(kind="required", parallel=parallel))
 
     counts = [len(valid(form, text)) for text in answers]
     assert parallel or set(counts) == {1}
+
+
+@pytest.mark.parametrize(
+    "budget_tokens", [170, *(pytest.param(n, marks=pytest.mark.slow) for n in (70, 220))]
+)
+@pytest.mark.parametrize("form", FORMATS)
+def test_a_budget_closes_calls(engine: Engine, form: str, budget_tokens: int) -> None:
+    """One call or more, of logits without any sense, whatever the format."""
+    grammar = parallel_calls(engine, form)
+    assert grammar.way is not None
+    assert len(grammar.way) <= budget_tokens
+    for seed in (7, 19):
+        assert valid(form, drawn(engine, grammar, budget_tokens=budget_tokens, seed=seed))
+
+
+def test_a_way_that_takes_names_for_alike_finds_none(
+    engine: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Negative control: `now>` and `add>` allow the same token, and only one of them ends soon."""
+    monkeypatch.setattr(closing, "_forced", lambda node: b"")
+
+    assert parallel_calls(engine, "qwen3_coder").way is None
+
+
+def parallel_calls(engine: Engine, form: str) -> Grammar:
+    """The grammar of one call or more."""
+    assert engine.tokenizer is not None
+    wanted = tool_format(None, named=form).wanted(TOOLS, Choice(kind="required"))
+    assert wanted is not None
+    return Grammars(engine.tokenizer, vocabulary=engine.vocabulary).compile(wanted)
+
+
+def drawn(engine: Engine, grammar: Grammar, *, budget_tokens: int, seed: int) -> str:
+    """An answer of random logits."""
+    assert engine.tokenizer is not None
+    matcher, said = grammar.matcher(), list[int]()
+    chance = torch.Generator().manual_seed(seed)
+    while len(said) < budget_tokens and not matcher.over:
+        allowed = matcher.mask(budget_tokens - len(said))
+        logits = torch.randn(len(allowed), generator=chance).masked_fill_(~allowed, -torch.inf)
+        token = int(logits.argmax())
+        if token in engine.eos_ids:
+            break
+        matcher.accept(token)
+        said.append(token)
+    return engine.tokenizer.decode(said, skip_special=False)
 
 
 @pytest.mark.slow

@@ -5,7 +5,8 @@ next and nothing of how far the end is, so the end is looked for: copies of the 
 advanced a token at a time, level by level, and the first level on which one of them accepts is
 the length of the way.  What makes that cheap: a copy, a token and a mask cost microseconds; of
 what may come next only what can lead out is tried (closing quotes before the content they would
-enclose); and copies on one level that allow the same tokens inside the same brackets are one.
+enclose); and copies on one level that allow the same tokens inside the same brackets, and are
+forced to say the same, are one.
 
 That last step and the width of the search make the way short, not shortest.  What is found is
 always a way: each of its tokens was accepted, and an accepting state stands at its end.
@@ -101,6 +102,7 @@ class Closer:
             sorted({places[p] for p in wanted if p in places and p}), dtype=np.int64
         )
         self._ends_string = np.array([pieces[t][:1] == b'"' for t in self.tried], dtype=bool)
+        self._kinds = np.array([_kind(pieces[t]) for t in self.tried], dtype=np.int64)
         self._white = np.array([pieces[t].isspace() for t in self.tried], dtype=bool)
 
     def words_of(self, matcher: Any) -> Words:
@@ -121,7 +123,7 @@ class Closer:
         """A short way to an accepting state, or None when none of `tokens_max` was found."""
         search = Search(tokens_max=tokens_max, nodes_max=nodes_max, late=late)
         found = self._search(matcher, place, search, guided=True)
-        if found is None and nodes_max == NODES_MAX and not late():
+        if found is None and nodes_max >= NODES_MAX and not late():
             found = self._search(matcher, place, search, guided=False)
         return found
 
@@ -132,21 +134,22 @@ class Closer:
         start = Place(in_string=place.in_string, escaped=place.escaped)
         words = self.words_of(matcher)
         level = [_Node(matcher=matcher, tokens=(), produced_bytes=0, place=start, words=words)]
-        made, beam = 0, BEAM if search.nodes_max == NODES_MAX else BEAM // 4
+        made, beam = 0, BEAM if search.nodes_max >= NODES_MAX else BEAM // 4
         for _ in range(search.tokens_max + 1):
             for node in level:
                 if node.matcher.is_accepting():
                     return node.tokens
-            found: dict[tuple[bytes, Place], _Node] = {}
+            found: dict[tuple[bytes, bytes, Place], _Node] = {}
             for node in level:
-                for token in self._candidates(node, guided=guided):
-                    made += 1
+                candidates = self._candidates(node, guided=guided)
+                made += len(candidates) if len(candidates) > 1 else 0  # what is forced is no search
+                for token in candidates:
                     if search.late():
                         return None
-                    child = self._child(node, token)
+                    child = self._child(node, token, guided=guided)
                     if child is None:
                         continue
-                    key = (child.words.tobytes(), child.place)
+                    key = (child.words.tobytes(), _forced(child), child.place)
                     if key not in found or found[key].produced_bytes < child.produced_bytes:
                         found[key] = child
             if not found or made > search.nodes_max:
@@ -154,7 +157,7 @@ class Closer:
             level = sorted(found.values(), key=_hope)[:beam]
         return None
 
-    def _child(self, node: _Node, token: int) -> _Node | None:
+    def _child(self, node: _Node, token: int, *, guided: bool) -> _Node | None:
         matcher = node.matcher.deep_copy()
         if not matcher.consume_token(token):
             return None
@@ -166,7 +169,7 @@ class Closer:
             matcher=matcher,
             tokens=(*node.tokens, token),
             produced_bytes=node.produced_bytes + len(piece),
-            place=node.place.after(piece),
+            place=node.place.after(piece) if guided else node.place,  # brackets in text are text
             words=words,
         )
 
@@ -178,10 +181,15 @@ class Closer:
             if ending.any():
                 return [int(t) for t in self.tried[ending]]
         if count(node.words) <= FEW:
-            return self._furthest(tokens_in(node.words).tolist())
+            few = tokens_in(node.words).tolist()
+            dark = [t for t in few if not self.pieces[t].isspace()]
+            return self._furthest(dark or few if guided and not node.place.in_string else few)
         if guided and not node.place.in_string and (allowed & ~self._white).any():
             allowed &= ~self._white
-        return [int(t) for t in self.tried[allowed]]
+        kinds, order = self._kinds[allowed], np.arange(int(allowed.sum()))
+        _, first = np.unique(kinds, return_index=True)
+        kept = (kinds == 0) | np.isin(order, first)  # where there are many, one of a kind will do
+        return [int(t) for t in self.tried[allowed][kept]]
 
     def _furthest(self, tokens: Sequence[int]) -> list[int]:
         """Tokens that are no beginning of another: what stops half way is tried no more."""
@@ -194,9 +202,22 @@ class Closer:
         ]
 
 
-def _hope(node: _Node) -> tuple[int, bool, int]:
-    """Fewest open brackets first, then outside a string, then who said most."""
-    return node.place.depth, node.place.in_string, -node.produced_bytes
+def _forced(node: _Node) -> bytes:
+    """What must follow: names that end alike lead to different parts."""
+    return node.matcher.compute_ff_bytes() if count(node.words) <= FEW else b""
+
+
+def _kind(piece: bytes) -> int:
+    """Letters are alike, and digits; 0 is what is like nothing else."""
+    if len(piece) != 1 or not piece.isalnum():
+        return 0
+    return 1 if piece.isdigit() else 2 if piece.isupper() else 3
+
+
+def _hope(node: _Node) -> tuple[int, bool, bool, int]:
+    """Fewest open brackets first, then outside strings and other text, then who said most."""
+    free = count(node.words) > FEW
+    return node.place.depth, node.place.in_string, free, -node.produced_bytes
 
 
 def has(words: Words, tokens: NDArray[np.int64]) -> NDArray[np.bool_]:

@@ -43,7 +43,7 @@ import torch
 
 from tierline.base.errors import RequestError, SpecError
 from tierline.base.names import lookup
-from tierline.engine.closing import Closer, Place, Words, count, has, tokens_in
+from tierline.engine.closing import NODES_MAX, Closer, Place, Words, count, has, tokens_in
 from tierline.engine.schema_size import (
     REACH_MAX_TOKENS,
     SchemaSize,
@@ -151,7 +151,11 @@ class Grammars:
         start, matcher = self._started(wanted)
         reach_tokens = _reach_tokens(wanted)
         way = self._shared.closer.way(
-            matcher.deep_copy(), Place(), tokens_max=WAY_TOKENS_MAX, late=late
+            matcher.deep_copy(),
+            Place(),
+            tokens_max=WAY_TOKENS_MAX,
+            late=late,
+            nodes_max=2 * NODES_MAX,
         )
         if late():
             raise RequestError(
@@ -348,7 +352,7 @@ class Matcher:
         if many and self._in_free_string(words, way, left_tokens):
             kept |= words & shared.plain
         tested = self._tested(words) if many else tokens_in(words).tolist()
-        searches = 0
+        searches, fitting = 0, []
         for token in tested:
             ends = (way[at:] for at in range(min(len(way) + 1, 4)))
             fits = any(len(end) < left_tokens and self._leads_out((token, *end)) for end in ends)
@@ -356,7 +360,8 @@ class Matcher:
                 searches += 1
                 fits = self._is_closed_behind(token, left_tokens - 1)
             if fits or token in shared.eos_ids:
-                _add(kept, (token,))
+                fitting.append(token)
+        _add(kept, fitting)
         return kept
 
     def _tested(self, words: Words) -> list[int]:
