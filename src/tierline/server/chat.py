@@ -67,12 +67,27 @@ class Conversation:
 async def chat(call: Call, asked: ChatAsked) -> None:
     """Handle one request."""
     conversation = await conversation_of(call, asked)
+    request_id = f"chatcmpl-{call.server.new_id()}"
+    work = work_of(call, asked, conversation, request_id=request_id, endpoint="chat")
+    async with call.server.service.answer(work) as answering:
+        if asked.stream:
+            await stream_to(call, Chunks(call, asked, conversation, work.life), answering)
+        else:
+            async with ClientWatch(call.receive):
+                body = await _whole(call, asked, conversation, answering)
+            await call.answer(body, (b"x-request-id", request_id.encode()))
+
+
+def work_of(
+    call: Call, asked: ChatAsked, conversation: Conversation, *, request_id: str, endpoint: str
+) -> Work:
+    """What the engine is asked for, and the life that begins with it; raises `ApiError`."""
     served = served_as(call, asked, tier=asked.service_tier)
     life = life_of(
         call,
         served,
-        request_id=f"chatcmpl-{call.server.new_id()}",
-        endpoint="chat",
+        request_id=request_id,
+        endpoint=endpoint,
         prompt_tokens=len(conversation.prompt),
         params=conversation.params,
         stream=bool(asked.stream),
@@ -80,7 +95,7 @@ async def chat(call: Call, asked: ChatAsked) -> None:
         structured=conversation.structured,
         tools=len(conversation.tools),
     )
-    work = Work(
+    return Work(
         life=life,
         prompts=[conversation.prompt],
         params=conversation.params,
@@ -89,14 +104,6 @@ async def chat(call: Call, asked: ChatAsked) -> None:
         itl_s=served.itl_s,
         deadline_s=served.deadline_s,
     )
-    async with call.server.service.answer(work) as answering:
-        if asked.stream:
-            chunks = Chunks(call, asked, conversation, answering.life)
-            await stream_to(call, chunks, answering)
-        else:
-            async with ClientWatch(call.receive):
-                body = await _whole(call, asked, conversation, answering)
-            await call.answer(body, (b"x-request-id", life.id.encode()))
 
 
 # --- what is asked --------------------------------------------------------------------------

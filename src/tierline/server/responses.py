@@ -20,11 +20,10 @@ from tierline.server.answers import (
     service,
     stream_to,
 )
-from tierline.server.calls import Call, Endpoint, life_of, served_as
-from tierline.server.chat import Conversation, conversation_of
+from tierline.server.calls import Call, Endpoint
+from tierline.server.chat import Conversation, conversation_of, work_of
 from tierline.server.errors import ApiError, malformed
 from tierline.server.life import Life
-from tierline.server.service import Work
 from tierline.server.shapes import (
     MESSAGES_MAX,
     TOOLS_MAX,
@@ -180,6 +179,7 @@ def as_chat(asked: ResponsesAsked) -> ChatAsked:
     body = {
         "model": asked.model,
         "messages": _messages(asked),
+        "stream": asked.stream,
         "max_completion_tokens": asked.max_output_tokens,
         "temperature": asked.temperature,
         "top_p": asked.top_p,
@@ -273,30 +273,10 @@ async def responses(call: Call, asked: ResponsesAsked) -> None:
     except ApiError as error:
         error.param = error.param and own_name(error.param)
         raise
-    served = served_as(call, chat, tier=asked.service_tier)
-    life = life_of(
-        call,
-        served,
-        request_id=f"resp_{call.server.new_id()}",
-        endpoint="responses",
-        prompt_tokens=len(conversation.prompt),
-        params=conversation.params,
-        stream=bool(asked.stream),
-        answers=1,
-        structured=conversation.structured,
-        tools=len(conversation.tools),
-    )
-    work = Work(
-        life=life,
-        prompts=[conversation.prompt],
-        params=conversation.params,
-        grammar=conversation.grammar,
-        ttft_s=served.ttft_s,
-        itl_s=served.itl_s,
-        deadline_s=served.deadline_s,
-    )
+    request_id = f"resp_{call.server.new_id()}"
+    work = work_of(call, chat, conversation, request_id=request_id, endpoint="responses")
     async with call.server.service.answer(work) as answering:
-        told = Telling(call, asked, conversation, life)
+        told = Telling(call, asked, conversation, work.life)
         if asked.stream:
             await stream_to(call, told, answering)
             return
@@ -305,7 +285,7 @@ async def responses(call: Call, asked: ResponsesAsked) -> None:
                 require_whole(some)
                 told.of(some)
             await answering.finish(told.outcome)
-        await call.answer(orjson.dumps(told.response()), (b"x-request-id", life.id.encode()))
+        await call.answer(orjson.dumps(told.response()), (b"x-request-id", request_id.encode()))
 
 
 @dataclass(slots=True)
