@@ -9,8 +9,11 @@ Baseline   the same client against a server of twenty lines that answers every r
            same bytes: no server can beat it, and it says what the client itself can do.
 Peer       vLLM's own server for CPUs (`--vllm-python`) on the same tiny random model, in the same
            rounds; it computes that model, which is some 60,000 parameters.
-Method     each server and each client a process of its own.  The measurements of all servers
-           alternate, three rounds, medians.  The client counts the tokens that each answer says
+Method     each server and each client a process of its own, in a session of its own (whoever
+           stops other processes meanwhile has to spare all that come from this one: a peer that
+           cannot compute is never ready).  The measurements of all servers alternate, three
+           rounds, medians; who is not measured is stopped, as vLLM spins on for seconds after
+           its last request.  The client counts the tokens that each answer says
            it has, and fails when one is missing.  Beside wall time stands the server's processor
            time, which a busy machine disturbs less: its least over the rounds.  `others_share` is
            what processes other than server and client used of the machine meanwhile.
@@ -36,7 +39,8 @@ from engine_process import CORES, cpu_s, watching
 
 HERE = Path(__file__).parent
 ROUNDS = 3
-READY_S = 600  # vLLM compiles first
+READY_S = 600  # vLLM compiles first: 30 s on two idle cores
+AWAKE_S = 0.3
 REQUESTS_ASKED, TOKENS_ASKED, ALONE_ASKED_MS = 2000, 20_000, 2.0
 STREAMS = 64
 TEMPLATE = (
@@ -83,6 +87,7 @@ def write_model(folder: Path) -> Path:
 
 def serve_ours(path: str, port: int) -> None:
     """Our server over an engine whose network answers at once."""
+    import numpy as np
     import torch
 
     from tierline.engine.build import EngineOptions, open_engine
@@ -97,14 +102,14 @@ def serve_ours(path: str, port: int) -> None:
     torch.set_num_threads(1)
 
     class AtOnce:
-        """Every row of logits is the same row."""
+        """Every row of logits is the same row, and there already: greedy rows are only read."""
 
-        row = torch.zeros(engine.vocabulary)
-        row[ord("A")] = 9.0
+        rows = np.zeros((STREAMS, engine.vocabulary), dtype=np.float32)
+        rows[:, ord("A")] = 9.0
 
         def logits(self, batch: Any, arena: Any) -> torch.Tensor:
             del arena
-            return self.row.expand(len(batch.wanted), -1).contiguous()
+            return torch.from_numpy(self.rows[: len(batch.wanted)])
 
     engine.executor.network = AtOnce()
 
@@ -189,10 +194,17 @@ class Served:
                 time.sleep(0.1)
             else:
                 return
-        raise TimeoutError(f"{self.name} was not ready in {READY_S} s: {self.log}")
+        said = self.log.read_text()[-2000:]
+        raise TimeoutError(f"{self.name} was not ready in {READY_S} s; it said: {said}")
 
     def measure(self, kind: str) -> None:
-        """One round of one kind."""
+        """One round of one kind, by a server that sleeps before and after."""
+        os.killpg(self.process.pid, signal.SIGCONT)
+        time.sleep(AWAKE_S)
+        self._measure(kind)
+        os.killpg(self.process.pid, signal.SIGSTOP)
+
+    def _measure(self, kind: str) -> None:
         asked = {"port": self.port, "path": "/v1/chat/completions", **KINDS[kind]}
         used_s = cpu_s(self.process.pid)
         with watching(self.process.pid) as watched:
@@ -270,6 +282,8 @@ def main() -> None:
             running[0].await_ready("/health")
             for one in running[1:]:
                 one.await_ready()
+            for one in running:
+                os.killpg(one.process.pid, signal.SIGSTOP)
             for _ in range(asked.rounds):
                 for kind in KINDS:
                     for one in running:

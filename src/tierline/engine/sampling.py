@@ -377,7 +377,7 @@ class Sampler:
         if not rows:
             return Sampled(tokens=[], logprobs=[], top_logprobs=[], errors={})
         if self._on_cpu and all(row.likeliest for row in rows):
-            return self._likeliest(logits.float().contiguous(), rows, masks or {})
+            return self._likeliest(logits.contiguous(), rows, masks or {})
         x = self._padded(logits.float())
         raw = _raw(x, [i for i, row in enumerate(rows) if row.params.logprobs is not None])
         self._edit(x, rows, masks or {})
