@@ -9,6 +9,7 @@ from typing import Any
 from tiny_checkpoints import tiny_checkpoint
 
 TEMPLATE = """\
+{{- mark }}
 {%- if tools %}{{ '<|im_start|>system\\n<tools>' }}
 {%- for tool in tools %}{{ tool | tojson }}{% endfor %}
 {{- '</tools><tool_call></tool_call><|im_end|>\\n' }}{% endif -%}

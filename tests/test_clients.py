@@ -351,12 +351,20 @@ def test_texts_embeddings_and_models(client: openai.OpenAI) -> None:
 
 BAD, MISSING = openai.BadRequestError, openai.NotFoundError
 NEVER = {"type": "json_schema", "json_schema": {"name": "a", "strict": True, "schema": {"not": {}}}}
+NOWHERE = {"type": "function", "function": {"name": "a", "parameters": {"$ref": "#/no"}}}
 REFUSED: dict[str, tuple[dict[str, Any], type[openai.APIStatusError], int, str]] = {
     # what is asked, how it is raised, with which status and code; the name is that of `param`
     "temperature": ({"temperature": 3}, BAD, 400, "invalid_value"),
     "foo": ({"extra_body": {"foo": 1}}, BAD, 400, "unknown_parameter"),
     "store": ({"store": True}, BAD, 400, "unsupported_parameter"),
     "response_format": ({"response_format": NEVER}, BAD, 400, "invalid_grammar"),
+    "structured_outputs": (
+        {"extra_body": {"structured_outputs": {"regex": "("}}},
+        BAD,
+        400,
+        "invalid_grammar",
+    ),
+    "tools": ({"tools": [NOWHERE]}, BAD, 400, "invalid_grammar"),
     "slo": ({"extra_body": {"slo": "none such"}}, BAD, 400, "unknown_service_class"),
     "model": ({"model": "gpt-4"}, MISSING, 404, "model_not_found"),
     "messages": (

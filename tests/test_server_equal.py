@@ -20,6 +20,7 @@ from tierline.engine.demo import models_folder
 from tierline.engine.engine import Engine
 from tierline.engine.llm import LLM
 from tierline.engine.sampling import SamplingParams
+from tierline.server.completions import token_name
 from tiny_checkpoints import tiny_chat_checkpoint
 
 torch.set_num_threads(1)  # tiny products: a second thread only waits
@@ -126,7 +127,7 @@ def own(llm: LLM, ask: Ask) -> list[Said]:
         Said(
             output.text,
             [
-                tokenizer.token_bytes(token).hex() if ask.messages else tokenizer.token_text(token)
+                tokenizer.token_bytes(token).hex() if ask.messages else token_name(tokenizer, token)
                 for token in output.token_ids
             ]
             if ask.scored

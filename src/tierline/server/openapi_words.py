@@ -71,11 +71,15 @@ PARAMETERS: dict[str, tuple[str, str]] = {
     "truncation": (OPENAI, "Only `disabled`: an input that is too long is refused."),
     "encoding_format": (OPENAI, "`float`, or `base64` of little-endian float32."),
     "dimensions": (OPENAI, "Only the number that the model has."),
-    "priority": (OURS, "Larger is more urgent; else that of its class."),
+    "priority": (
+        OURS,
+        "Larger is more urgent: the last to be preempted, and with the policy `priority` the first "
+        "to be served (the default policy serves by deadline). Else that of its class.",
+    ),
     "deadline_ms": (
         OURS,
-        "The first token within so many milliseconds, or 429 at once when the scheduler predicts "
-        "otherwise, or 504 when it has passed.",
+        "The first token within so many milliseconds: 400 where nobody could be so fast, 429 at "
+        "once when the scheduler predicts that it would be late, 504 when it has passed.",
     ),
     "slo": (OURS, "A service class by name, or `ttft_ms` and `itl_ms` of its own."),
     "tokens": (VLLM, "Token ids."),
