@@ -12,7 +12,7 @@ Peer       vLLM's own server for CPUs (`--vllm-python`) on the same tiny random 
 Method     each server and each client a process of its own, in a session of its own (whoever
            stops other processes meanwhile has to spare all that come from this one: a peer that
            cannot compute is never ready).  The measurements of all servers alternate, three
-           rounds, medians; who is not measured is stopped, as vLLM spins on for seconds after
+           rounds, medians; who is not measured is stopped, as something of vLLM computes on after
            its last request.  The client counts the tokens that each answer says
            it has, and fails when one is missing.  Beside wall time stands the server's processor
            time, which a busy machine disturbs less: its least over the rounds.  `others_share` is
