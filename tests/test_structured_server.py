@@ -196,7 +196,7 @@ import tierline.engine.grammar
 if sys.argv[1] == "unbounded":
     tierline.engine.grammar.require_bounded = lambda schema: None
 try:
-    grammars().compile(schema(chained(5_000)))
+    grammars().compile(schema(chained(2_500)))
 except tierline.engine.grammar.RequestError as error:
     print(error)
 """

@@ -102,6 +102,7 @@ class Closer:
             sorted({places[p] for p in wanted if p in places and p}), dtype=np.int64
         )
         self._ends_string = np.array([pieces[t][:1] == b'"' for t in self.tried], dtype=bool)
+        self._letters = np.array([pieces[t].isalpha() for t in self.tried], dtype=bool)
         self._kinds = np.array([_kind(pieces[t]) for t in self.tried], dtype=np.int64)
         self._white = np.array([pieces[t].isspace() for t in self.tried], dtype=bool)
 
@@ -189,6 +190,8 @@ class Closer:
         kinds, order = self._kinds[allowed], np.arange(int(allowed.sum()))
         _, first = np.unique(kinds, return_index=True)
         kept = (kinds == 0) | np.isin(order, first)  # where there are many, one of a kind will do
+        if guided and node.place.in_string and {1, 2, 3} <= set(kinds.tolist()):
+            kept &= self._letters[allowed]  # any text: what fills it soonest
         return [int(t) for t in self.tried[allowed][kept]]
 
     def _furthest(self, tokens: Sequence[int]) -> list[int]:

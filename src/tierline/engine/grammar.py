@@ -5,11 +5,12 @@ the `Grammar` to `Engine.add`.  The engine opens a `Matcher` an answer: `mask` s
 may come next, computed beside the forward pass; `accept` takes the one that was sampled; `over`
 says that nothing may follow.  llguidance does the parsing, `closing` finds the way out.
 
-A budget closes an answer: with `left_tokens` to go, a token is allowed while what it leads to
-can still be completed in what is left.  The way out is looked for only when one token could
-make it too long (`schema_size`), and checked, not guessed: a token stays in a tight mask when
-the grammar accepts it followed by a known way to the end.  So even random weights give whole
-JSON, if the budget holds the shortest answer at all; if not, the answer ends with "length".
+A budget closes an answer where a way out is found.  It is looked for when one token could make
+it too long (`schema_size`, an estimate from above).  From there on masks are tight: a token stays
+when the grammar accepts it followed by a known way to the end that fits; of plain text within a
+free string a few tokens stand for all.  A tight mask leaves out tokens that would have fitted,
+too: of many, 96 and those of the structure are tried.  The search is bounded, so for some forms
+no way is found; then masks are free, and the answer may end with "length".
 
 Time and memory are bounded before the work: by limits on the text (`require_bounded`), and by
 llguidance's on lexer, parser and grammar, which end any one of its calls; between calls, by
@@ -60,7 +61,7 @@ GBNF_BYTES_MAX = 32_000  # of one that may have to be converted, in Python
 WAY_TOKENS_MAX = 1_024  # of the shortest answer, as it is looked for when compiling
 TESTED = 96  # tokens that a tight mask looks at one by one
 SEARCHED = 2  # of them, that get a search of their own
-SEARCH_NODES = 150  # copies that such a search makes
+SEARCH_NODES = 60  # copies that such a search makes
 SEARCH_S = 0.1  # of searching for one mask; what was not found by then counts as none
 ANSWER_S = 0.5  # of masks that an answer may take at once; half of it for searches
 TOKEN_S = 0.01  # of masks that it may take for each token besides
