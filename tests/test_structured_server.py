@@ -173,6 +173,7 @@ def test_hostile_forms_are_refused_soon_and_stop_nobody(
     assert other.longest_gap_s < GAP_S
 
 
+@pytest.mark.slow
 def test_without_the_limit_of_time_a_form_that_takes_long_is_taken(
     server: Served, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -329,7 +330,9 @@ SOFT: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.mark.parametrize("name", SOFT)
+@pytest.mark.parametrize(
+    "name", ["not", *(pytest.param(n, marks=pytest.mark.slow) for n in SOFT if n != "not")]
+)
 def test_what_cannot_be_enforced_is_refused_only_where_strict(server: Served, name: str) -> None:
     """Else the rest of the schema holds, as far as an answer that has to stay short shows."""
     schema = closed({"a": {"enum": ["x", "y"]}, "b": SOFT[name]})
@@ -340,7 +343,7 @@ def test_what_cannot_be_enforced_is_refused_only_where_strict(server: Served, na
         assert json.loads(made).keys() == {"a", "b"}
         assert json.loads(made)["a"] in ("x", "y")
         offered = [function("f", schema, **strict)]
-        called = ask(server, tools=offered, tool_choice="required", max_tokens=200)
+        called = ask(server, tools=offered, tool_choice="required", max_tokens=20)
         assert called.status_code == 200, called.text
     error = refusal(ask(server, response_format=formatted(schema, strict=True)))
     offered = [function("f", schema, strict=True)]
