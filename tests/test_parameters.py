@@ -457,8 +457,14 @@ def test_what_is_too_long_is_refused(
 URGENCIES: dict[str, tuple[dict[str, Any], dict[str, str], tuple[str, int]]] = {
     "nothing": ({}, {}, ("standard", 0)),
     "priority": ({"priority": 5}, {}, ("standard", 5)),
-    "priority in a header": ({}, {"X-Tierline-Priority": "-7"}, ("standard", -7)),
+    "priority in a header": ({}, {"X-Tierline-Priority": "-7"}, ("batch", -7)),
     "priority in both": ({"priority": 5}, {"X-Tierline-Priority": "-7"}, ("standard", 5)),
+    "priority that nobody has": ({"priority": 700}, {}, ("interactive", 700)),
+    "priority beside targets": (
+        {"priority": 10, "slo": {"ttft_ms": 60_000}},
+        {},
+        ("standard", 10),
+    ),
     "slo": ({"slo": "batch"}, {}, ("batch", -10)),
     "slo in a header": ({}, {"X-Tierline-SLO": "interactive"}, ("interactive", 10)),
     "slo in both": ({"slo": "batch"}, {"X-Tierline-SLO": "interactive"}, ("batch", -10)),
@@ -538,6 +544,7 @@ def until(server: Served, true: Callable[[], Any]) -> None:
 # Policy -> what the first and the second of two ask for, so that the second goes first.
 OVERTAKING: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "tierline": ({"slo": {"ttft_ms": 60_000}}, {"slo": {"ttft_ms": 20_000}}),
+    "tierline, by priority": ({"priority": -10}, {"priority": 10}),
     "priority": ({"priority": -5}, {"priority": 5}),
 }
 
@@ -550,7 +557,7 @@ def test_the_more_urgent_goes_first(tmp_path: Path, policy: str) -> None:
     def order(*two: dict[str, Any]) -> list[int]:
         """Of the first and the second, as they were begun."""
         with (
-            narrow(tmp_path, policy) as server,
+            narrow(tmp_path, policy.partition(",")[0]) as server,
             httpx.Client(base_url=server.url, timeout=60) as client,
             ThreadPoolExecutor(2) as pool,
         ):

@@ -17,6 +17,7 @@ from tierline.engine.sampling import SamplingParams
 from tierline.server.errors import ApiError, malformed, told
 from tierline.server.http import read_body
 from tierline.server.life import Life
+from tierline.server.running import nearest
 from tierline.server.server import Server
 from tierline.server.shapes import Asked, ServiceLevelAsked, Shape, require_supported
 from tierline.server.sse import ClientGone
@@ -259,12 +260,16 @@ class Served:
 def served_as(call: Call, asked: Asked | None, *, tier: str | None = None) -> Served:
     """The class of a request from its body, else from its headers; raises `ApiError`.
 
-    `tier` is OpenAI's `service_tier`: `priority` is our most urgent class, `flex` the least.
+    `tier` is OpenAI's `service_tier`: `priority` is our most urgent class, `flex` the least.  A
+    priority without either takes the class nearest to it, for order comes from promises.
     """
     slo = asked.slo if asked and asked.slo is not None else call.header(b"x-tierline-slo")
     running = call.server.running
     own = slo if isinstance(slo, ServiceLevelAsked) else NO_LIMITS
-    name = slo if isinstance(slo, str) else _of_tier(call, tier)
+    priority: float | None = asked.priority if asked else None
+    if priority is None:
+        priority = _number(call, b"x-tierline-priority", "priority", low=-1000, high=1000)
+    name = slo if isinstance(slo, str) else _unnamed(call, tier, None if slo else priority)
     level = next((level for level in running.levels if level.name == name), None)
     if level is None:
         raise ApiError(
@@ -274,9 +279,6 @@ def served_as(call: Call, asked: Asked | None, *, tier: str | None = None) -> Se
             param="slo",
             hint=f"classes: {', '.join(level.name for level in running.levels)}",
         )
-    priority: float | None = asked.priority if asked else None
-    if priority is None:
-        priority = _number(call, b"x-tierline-priority", "priority", low=-1000, high=1000)
     deadline_ms = asked.deadline_ms if asked and asked.deadline_ms is not None else None
     if deadline_ms is None:
         deadline_ms = _number(call, b"x-tierline-deadline-ms", "deadline_ms", low=1e-3, high=1e9)
@@ -289,11 +291,14 @@ def served_as(call: Call, asked: Asked | None, *, tier: str | None = None) -> Se
     )
 
 
-def _of_tier(call: Call, tier: str | None) -> str:
+def _unnamed(call: Call, tier: str | None, priority: float | None) -> str:
+    """The class of who names none."""
     running = call.server.running
     if tier in ("priority", "fast"):
         return running.levels[0].name
-    return running.levels[-1].name if tier == "flex" else running.default_level
+    if tier == "flex":
+        return running.levels[-1].name
+    return running.default_level if priority is None else nearest(running.levels, priority).name
 
 
 def _number(call: Call, header: bytes, param: str, *, low: float, high: float) -> float | None:

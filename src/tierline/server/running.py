@@ -319,7 +319,12 @@ def default_of(levels: Sequence[ServiceLevel]) -> ServiceLevel:
         for level in levels:
             if level.name == name:
                 return level
-    return min(levels, key=lambda level: (abs(level.priority), level.priority))
+    return nearest(levels, 0)
+
+
+def nearest(levels: Sequence[ServiceLevel], priority: float) -> ServiceLevel:
+    """The class of a request that names a priority and no class; the less urgent of two."""
+    return min(levels, key=lambda level: (abs(level.priority - priority), level.priority))
 
 
 # --- forecasts ------------------------------------------------------------------------------
