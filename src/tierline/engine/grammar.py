@@ -111,7 +111,7 @@ class Grammars:
         tokenizer: Tokenizer,
         *,
         vocabulary: int,
-        seconds_max: float = 1.0,
+        seconds_max: float = 2.0,
         now_s: Callable[[], float] = time.thread_time,
     ) -> None:
         """`vocabulary` is the width of the logits; what exceeds the tokenizer is never allowed.

@@ -73,7 +73,7 @@ PARAMETERS: dict[str, tuple[str, str]] = {
     "dimensions": (OPENAI, "Only the number that the model has."),
     "priority": (
         OURS,
-        "Larger is more urgent. Where no class is named it takes the one whose priority is nearest, "
+        "Larger is more urgent. Where no class is named it takes that whose priority is nearest, "
         "and so its promises, by which the default policy orders; within a class it is the last to "
         "be preempted. With the policy `priority` it is the order.",
     ),
