@@ -4,6 +4,7 @@ engine is told to everybody, and a client that does not read costs itself only."
 
 import asyncio
 import json
+import math
 import os
 import re
 import shutil
@@ -22,6 +23,7 @@ from typing import Any
 
 import httpx
 import pytest
+from safetensors.torch import load_file, save_file
 
 import servers
 from edge import Client, post, until
@@ -190,6 +192,14 @@ def other_shape(tiny: Path, folder: Path) -> list[str | Path]:
     return [path]
 
 
+def nan_weights(tiny: Path, folder: Path) -> list[str | Path]:
+    path = copied(tiny, folder) / "model.safetensors"
+    weights = load_file(path)
+    weights["model.norm.weight"].fill_(math.nan)
+    save_file(weights, path, metadata={"format": "pt"})
+    return [path.parent]
+
+
 def no_gguf(tiny: Path, folder: Path) -> list[str | Path]:
     path = folder / "model.gguf"
     path.write_bytes(b"GGUF" + bytes(range(256)))
@@ -225,6 +235,7 @@ STARTS: list[tuple[str, Break, str, str]] = [
     ("model cut short", cut_weights, "safetensors", "again"),
     ("model without weights", no_weights, "weights|safetensors", ""),
     ("model of another shape", other_shape, "does not hold the weights", ""),
+    ("model of NaN", nan_weights, "does not answer: .*NaN", "checkpoint"),
     ("config broken", broken_config, r"config\.json", ""),
     ("tokenizer broken", broken_tokenizer, r"tokenizer\.json", ""),
     ("GGUF broken", no_gguf, r"model\.gguf", ""),

@@ -408,9 +408,15 @@ def _point(run: Run, rps: float, policy: str) -> CurvePoint:
 # --- words ----------------------------------------------------------------------------------
 
 
-def render_running(running: Running) -> str:
-    """For a terminal: the answer, then the facts it rests on, then what to know."""
-    facts = [*_facts(running), *_forecast_facts(running.here), *_levels(running)]
+def render_running(running: Running, *, measured: str = "") -> str:
+    """For a terminal: the answer, then the facts it rests on, then what to know.
+
+    `measured` is what steps took at the start.
+    """
+    facts = [*_facts(running), *_forecast_facts(running.here)]
+    if measured:
+        facts.append(("measured", measured))
+    facts += _levels(running)
     if running.plan:
         facts.append(("plan", running.plan))
     if running.planned is not None:

@@ -44,6 +44,7 @@ from tierline.server.server import Server, Settings
 from tierline.server.service import Service
 from tierline.server.state import State
 from tierline.server.tools import tool_format
+from tierline.server.warmup import Measured, warmed
 from tierline.telemetry.metrics import Metrics
 from tierline.telemetry.spans import request_tracer
 
@@ -73,12 +74,13 @@ class Started:
 
     url: str
     running: Running
+    measured: Measured  # at the start
     names: tuple[str, ...]
     admin: str  # where the admin token is, in words
 
     def __str__(self) -> str:
         return (
-            f"{render_running(self.running)}\n"
+            f"{render_running(self.running, measured=f'{self.measured}')}\n"
             f"dashboard  {self.url}/dashboard\n"
             f"API        {self.url}/v1  (model {self.names[0]!r})\n"
             f"admin      {self.admin}"
@@ -92,6 +94,7 @@ class Started:
             "models": list(self.names),
             "admin": self.admin,
             "running": self.running.to_dict(),
+            "measured": self.measured.to_dict(),
         }
 
 
@@ -115,9 +118,10 @@ def run(wish: Wish, *, started: Callable[[Started], None]) -> None:
         serving = serving_of(wish.target, model=wish.model, given=wish.options)
         engine = open_engine(serving.path, serving.options)
         running = running_of_serving(serving, engine)
+        measured = warmed(engine, running)
         settle()
         with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
-            runner.run(_run(wish, serving, engine, running, bound, started))
+            runner.run(_run(wish, serving, engine, running, measured, bound, started))
 
 
 def settle() -> None:
@@ -154,6 +158,7 @@ async def _run(
     serving: Serving,
     engine: Engine,
     running: Running,
+    measured: Measured,
     bound: socket.socket,
     started: Callable[[Started], None],
 ) -> None:
@@ -181,7 +186,15 @@ async def _run(
 
         def ready(url: str) -> None:
             log.info("serving", extra={"fields": {"address": url, "model": running.model}})
-            started(Started(url=url, running=running, names=settings.model_names, admin=admin))
+            started(
+                Started(
+                    url=url,
+                    running=running,
+                    measured=measured,
+                    names=settings.model_names,
+                    admin=admin,
+                )
+            )
 
         await serve(server, bound, drain_s=wish.drain_s, started=ready)
 

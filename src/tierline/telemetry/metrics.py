@@ -116,6 +116,7 @@ class Metrics:
         self._step_seconds = self._histograms["tierline:step_seconds"][()]
         self._step_tokens = self._histograms["vllm:iteration_tokens_total"][()]
         self._generated = self._numbers["vllm:generation_tokens_total"]
+        self.kv(self._device, used=0, cached=0, free=kv_blocks, evicted=0)
         self._process = CollectorRegistry()
         ProcessCollector(registry=self._process)
 
