@@ -10,6 +10,8 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from html import escape
 
+from tierline.base.markup import element
+
 WIDTH, HEIGHT = 460, 300
 LEFT, RIGHT, TOP, BOTTOM = 62, 14, 14, 46  # margins around the plot, for ticks and labels
 
@@ -34,22 +36,6 @@ class Axis:
         else:
             share = (value - self.low) / (self.high - self.low)
         return self.start + share * (self.end - self.start)
-
-
-def element(name: str, content: str = "", **attributes: object) -> str:
-    """One element: attributes and nothing else are escaped; `content` is markup already.
-
-    `class_` writes `class`, underscores inside names write dashes.
-    """
-    written = "".join(
-        f' {key.rstrip("_").replace("_", "-")}="{escape(_plain(value))}"'
-        for key, value in attributes.items()
-    )
-    return f"<{name}{written}>{content}</{name}>" if content else f"<{name}{written}/>"
-
-
-def _plain(value: object) -> str:
-    return f"{value:.1f}".removesuffix(".0") if isinstance(value, float) else str(value)
 
 
 def text(x: float, y: float, words: str, *, anchor: str = "start", class_: str = "") -> str:

@@ -2,7 +2,6 @@
 
 import time
 from functools import cache
-from importlib import resources
 from typing import Any
 
 import jinja2
@@ -10,6 +9,7 @@ import orjson
 from markupsafe import Markup, escape
 from starlette.responses import HTMLResponse
 
+from tierline.base.markup import templates
 from tierline.server.dashboard_seen import Seen
 
 PAGES = (
@@ -23,16 +23,7 @@ PAGES = (
 
 @cache
 def _templates() -> jinja2.Environment:
-    templates = resources.files("tierline.server") / "templates"
-    environment = jinja2.Environment(
-        loader=jinja2.FunctionLoader(lambda name: (templates / name).read_text(encoding="utf-8")),
-        autoescape=True,
-        trim_blocks=True,
-        lstrip_blocks=True,
-        undefined=jinja2.StrictUndefined,
-    )
-    environment.filters |= {"svg": Markup, "json": embedded, "instant": instant, "code": code}
-    return environment
+    return templates("tierline.server", json=embedded, instant=instant, code=code)
 
 
 def embedded(value: Any) -> Markup:

@@ -10,27 +10,11 @@ from html import escape
 from itertools import pairwise
 
 from tierline.base.clock import PS_PER_S
+from tierline.base.markup import element
 from tierline.base.units import format_bytes, format_seconds
 from tierline.server.life import Life, StepSample
 
 CELLS = 50  # of the memory strip: two per cent each
-
-
-def element(name: str, content: str = "", **attributes: object) -> str:
-    """One element; attributes are escaped, `content` is markup already.
-
-    >>> element("rect", x=1.25, class_="held")
-    '<rect x="1.2" class="held"/>'
-    """
-    written = "".join(
-        f' {key.rstrip("_").replace("_", "-")}="{escape(_plain(value))}"'
-        for key, value in attributes.items()
-    )
-    return f"<{name}{written}>{content}</{name}>" if content else f"<{name}{written}/>"
-
-
-def _plain(value: object) -> str:
-    return f"{value:.1f}".removesuffix(".0") if isinstance(value, float) else str(value)
 
 
 def memory_strip(step: StepSample | None) -> str:
