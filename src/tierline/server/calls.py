@@ -6,19 +6,21 @@ answer.  A handler that has begun to stream reports errors in the stream.
 """
 
 import logging
-from collections.abc import Awaitable, Callable, MutableMapping
+from collections.abc import Awaitable, Callable, MutableMapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Generic, TypeVar
 
 from pydantic import ValidationError
 
 from tierline.base.errors import TierlineError
+from tierline.engine.generation import Grammar
 from tierline.engine.sampling import SamplingParams
 from tierline.server.errors import ApiError, malformed, told
 from tierline.server.http import read_body
 from tierline.server.life import Life
 from tierline.server.running import nearest
 from tierline.server.server import Server
+from tierline.server.service import Work
 from tierline.server.shapes import Asked, ServiceLevelAsked, Shape, require_supported
 from tierline.server.sse import ClientGone
 from tierline.server.state import Key
@@ -319,23 +321,25 @@ def _number(call: Call, header: bytes, param: str, *, low: float, high: float) -
     return value
 
 
-def life_of(
+def work_of(
     call: Call,
     served: Served,
     *,
     request_id: str,
     endpoint: str,
-    prompt_tokens: int,
+    prompts: Sequence[Sequence[int]],
     params: SamplingParams,
-    stream: bool,
-    answers: int,
+    stream: bool = False,
+    grammar: Grammar | None = None,
     structured: str = "",
     tools: int = 0,
-) -> Life:
-    """The beginning of a request's life."""
+    pooled: bool = False,
+) -> Work:
+    """What the engine is asked for, and the life that begins with it."""
     server = call.server
+    prompt_tokens = sum(map(len, prompts))
     room = max(server.running.positions_max - prompt_tokens, 1)
-    return Life(
+    life = Life(
         id=request_id,
         endpoint=endpoint,
         model=server.model,
@@ -348,11 +352,21 @@ def life_of(
         arrival_ps=call.arrival_ps,
         prompt_tokens=prompt_tokens,
         output_tokens_max=min(params.max_tokens or room, room),
-        answers=answers,
+        answers=len(prompts) * params.n,
         temperature=params.temperature,
         structured=structured,
         tools=tools,
         ttft_limit_s=served.deadline_s or served.ttft_s,
         itl_limit_s=served.itl_s,
         traceparent=call.header(b"traceparent") or "",
+    )
+    return Work(
+        life=life,
+        prompts=prompts,
+        params=params,
+        grammar=grammar,
+        ttft_s=served.ttft_s,
+        itl_s=None if pooled else served.itl_s,
+        deadline_s=served.deadline_s,
+        pooled=pooled,
     )

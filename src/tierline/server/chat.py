@@ -26,10 +26,10 @@ from tierline.server.answers import (
 from tierline.server.calls import (
     Call,
     Endpoint,
-    life_of,
     require_length,
     sampling_of,
     served_as,
+    work_of,
 )
 from tierline.server.errors import ApiError
 from tierline.server.life import Life
@@ -68,7 +68,7 @@ async def chat(call: Call, asked: ChatAsked) -> None:
     """Handle one request."""
     conversation = await conversation_of(call, asked)
     request_id = f"chatcmpl-{call.server.new_id()}"
-    work = work_of(call, asked, conversation, request_id=request_id, endpoint="chat")
+    work = work_of_chat(call, asked, conversation, request_id=request_id, endpoint="chat")
     async with call.server.service.answer(work) as answering:
         if asked.stream:
             await stream_to(call, Chunks(call, asked, conversation, work.life), answering)
@@ -78,31 +78,21 @@ async def chat(call: Call, asked: ChatAsked) -> None:
             await call.answer(body, (b"x-request-id", request_id.encode()))
 
 
-def work_of(
+def work_of_chat(
     call: Call, asked: ChatAsked, conversation: Conversation, *, request_id: str, endpoint: str
 ) -> Work:
-    """What the engine is asked for, and the life that begins with it; raises `ApiError`."""
-    served = served_as(call, asked, tier=asked.service_tier)
-    life = life_of(
+    """What the engine is asked for; raises `ApiError`."""
+    return work_of(
         call,
-        served,
+        served_as(call, asked, tier=asked.service_tier),
         request_id=request_id,
         endpoint=endpoint,
-        prompt_tokens=len(conversation.prompt),
-        params=conversation.params,
-        stream=bool(asked.stream),
-        answers=conversation.params.n,
-        structured=conversation.structured,
-        tools=len(conversation.tools),
-    )
-    return Work(
-        life=life,
         prompts=[conversation.prompt],
         params=conversation.params,
+        stream=bool(asked.stream),
         grammar=conversation.grammar,
-        ttft_s=served.ttft_s,
-        itl_s=served.itl_s,
-        deadline_s=served.deadline_s,
+        structured=conversation.structured,
+        tools=len(conversation.tools),
     )
 
 

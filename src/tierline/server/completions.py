@@ -20,11 +20,11 @@ from tierline.server.answers import (
     stream_to,
     usage,
 )
-from tierline.server.calls import Call, Endpoint, life_of, require_length, sampling_of, served_as
+from tierline.server.calls import Call, Endpoint, require_length, sampling_of, served_as, work_of
 from tierline.server.chat import LONG_CHARACTERS
 from tierline.server.errors import ApiError
 from tierline.server.life import Life
-from tierline.server.service import Answering, Work
+from tierline.server.service import Answering
 from tierline.server.shapes import CompletionAsked
 from tierline.server.sse import ClientWatch
 from tierline.server.structured import compiled, form_of
@@ -47,26 +47,16 @@ async def completions(call: Call, asked: CompletionAsked) -> None:
             param="echo",
             hint="ask for one of them",
         )
-    served = served_as(call, asked)
-    life = life_of(
+    work = work_of(
         call,
-        served,
+        served_as(call, asked),
         request_id=f"cmpl-{call.server.new_id()}",
         endpoint="completions",
-        prompt_tokens=sum(len(prompt) for prompt in prompts),
-        params=params,
-        stream=bool(asked.stream),
-        answers=len(prompts) * params.n,
-        structured=form.kind if form else "",
-    )
-    work = Work(
-        life=life,
         prompts=prompts,
         params=params,
+        stream=bool(asked.stream),
         grammar=await compiled(call.server, form, asked),
-        ttft_s=served.ttft_s,
-        itl_s=served.itl_s,
-        deadline_s=served.deadline_s,
+        structured=form.kind if form else "",
     )
     echoed = [text if asked.echo else "" for text in texts for _ in range(params.n)]
     async with call.server.service.answer(work) as answering:
@@ -76,7 +66,7 @@ async def completions(call: Call, asked: CompletionAsked) -> None:
         else:
             async with ClientWatch(call.receive):
                 body = await _whole(call, asked, echoed, answering)
-            await call.answer(body, (b"x-request-id", life.id.encode()))
+            await call.answer(body, (b"x-request-id", work.life.id.encode()))
 
 
 async def _prompts(call: Call, asked: CompletionAsked) -> tuple[list[str], list[list[int]]]:

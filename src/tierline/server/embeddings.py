@@ -16,11 +16,11 @@ from pydantic import Field
 
 from tierline.engine.sampling import SamplingParams
 from tierline.server.answers import require_whole, service
-from tierline.server.calls import Call, Endpoint, life_of, require_length, served_as
+from tierline.server.calls import Call, Endpoint, require_length, served_as, work_of
 from tierline.server.chat import LONG_CHARACTERS
 from tierline.server.completions import no_tokenizer
 from tierline.server.errors import ApiError
-from tierline.server.service import Answering, Work
+from tierline.server.service import Answering
 from tierline.server.shapes import (
     PROMPTS_MAX,
     WHOLE_MAX,
@@ -59,32 +59,23 @@ async def embeddings(call: Call, asked: EmbeddingsAsked) -> None:
     """Handle one request."""
     _require_dimensions(asked, call.server.engine.engine.executor.hidden)
     prompts = await _prompts(call, asked)
-    params = SamplingParams(max_tokens=1)
     urgency = Asked(
         model=asked.model, priority=asked.priority, deadline_ms=asked.deadline_ms, slo=asked.slo
     )
-    served = served_as(call, urgency)
-    life = life_of(
+    work = work_of(
         call,
-        served,
+        served_as(call, urgency),
         request_id=f"embd-{call.server.new_id()}",
         endpoint="embeddings",
-        prompt_tokens=sum(len(prompt) for prompt in prompts),
-        params=params,
-        stream=False,
-        answers=len(prompts),
-    )
-    work = Work(
-        life=life,
         prompts=prompts,
-        params=params,
-        ttft_s=served.ttft_s,
-        deadline_s=served.deadline_s,
+        params=SamplingParams(max_tokens=1),
         pooled=True,
     )
     async with call.server.service.answer(work) as answering, ClientWatch(call.receive):
         vectors = await _vectors(answering)
-    await call.answer(_body(answering, asked, vectors), HEADER, (b"x-request-id", life.id.encode()))
+    await call.answer(
+        _body(answering, asked, vectors), HEADER, (b"x-request-id", work.life.id.encode())
+    )
 
 
 def _require_dimensions(asked: EmbeddingsAsked, hidden: int) -> None:

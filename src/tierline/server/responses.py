@@ -21,7 +21,7 @@ from tierline.server.answers import (
     stream_to,
 )
 from tierline.server.calls import Call, Endpoint
-from tierline.server.chat import Conversation, conversation_of, work_of
+from tierline.server.chat import Conversation, conversation_of, work_of_chat
 from tierline.server.errors import ApiError, malformed
 from tierline.server.life import Life
 from tierline.server.shapes import (
@@ -274,7 +274,7 @@ async def responses(call: Call, asked: ResponsesAsked) -> None:
         error.param = error.param and own_name(error.param)
         raise
     request_id = f"resp_{call.server.new_id()}"
-    work = work_of(call, chat, conversation, request_id=request_id, endpoint="responses")
+    work = work_of_chat(call, chat, conversation, request_id=request_id, endpoint="responses")
     async with call.server.service.answer(work) as answering:
         told = Telling(call, asked, conversation, work.life)
         if asked.stream:

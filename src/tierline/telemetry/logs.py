@@ -74,7 +74,6 @@ FIELDS = {
 }
 PROMPTS = "tierline.prompts"
 _prompts = logging.getLogger(PROMPTS)
-_FIELDS_OF_ALL = frozenset(FIELDS) - {"text"}
 _QUIET = logging.CRITICAL + 1
 _TEXT_MAX = 2_000  # characters of one value
 _FRAMES_MAX = 20
