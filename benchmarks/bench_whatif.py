@@ -13,6 +13,7 @@ Method     the demo model on its own clock.  Poisson arrivals of mixed lengths a
 import argparse
 import json
 import random
+import sys
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -24,12 +25,12 @@ from tierline.engine.engine import Engine
 from tierline.engine.sampling import SamplingParams
 from tierline.server.life import Life, StepSample
 from tierline.server.prediction import scale_of, step_fit
-from tierline.server.recorder import Recorder
 from tierline.server.replay import Side, Traffic, side_of, traffic_of
 from tierline.server.running import Running, running_of
 from tierline.server.whatif import Change, what_if
-from tierline.telemetry.metrics import Metrics
-from tierline.telemetry.spans import request_tracer
+
+sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
+from recorded import recorder_of
 
 LEVELS = ("interactive", "standard", "standard", "batch")
 SMALLER = 128  # tokens of a changed step
@@ -156,21 +157,6 @@ def arrivals(
         )
         made.append((life, prompt))
     return made
-
-
-def recorder_of(engine: Engine, running: Running) -> Recorder:
-    layout = engine.scheduler.layout
-    levels = [level.name for level in running.levels]
-    metrics = Metrics(
-        running.model,
-        levels=levels,
-        positions_max=running.positions_max,
-        block_tokens=layout.block_tokens,
-        kv_blocks=engine.scheduler.pages.total // layout.pages_per_block,
-        version="benchmark",
-    )
-    tracer = request_tracer("benchmark")
-    return Recorder(metrics, tracer, levels=levels, pages_per_block=layout.pages_per_block)
 
 
 if __name__ == "__main__":
